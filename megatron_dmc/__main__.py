@@ -1,0 +1,5 @@
+"""`python -m megatron_dmc COMMAND …`, the same as the console script `megatron-dmc`."""
+
+from megatron_dmc.cli import main
+
+main()

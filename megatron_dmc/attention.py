@@ -1,0 +1,293 @@
+"""Megatron's self-attention with DMC: where queries, keys and values of a layer meet decisions, merging and the cache.
+
+`DMCSelfAttention` is Megatron's `SelfAttention`, whose `forward` it reuses: QKV projection, QK-norm, output gate,
+recomputation, offloading and output projection are Megatron's. Two things differ. The base class is given no rotary
+embedding, since a merge needs unrotated keys; and the core attention is `DMCCoreAttention`, which decides, merges,
+rotates and attends (`megatron_dmc.ops.reference`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import Tensor
+
+from megatron_dmc.compression import Compression
+from megatron_dmc.config import DMCConfig, DMCError
+from megatron_dmc.ops.reference import DMCCache, Rotary, dmc_attention, dmc_attention_cached, zero_out_attention
+
+
+@dataclass
+class DMCCall:
+    """What one forward pass of a layer needs beside queries, keys and values.
+
+    It travels as the base class's `attention_bias`, which every path, recomputation included, hands through to the
+    core attention untouched, and for which DMC has no other use.
+
+    Attributes:
+        rotary: `(cos, sin)` for the tokens of this pass, or `None`.
+        cache: the layer's cache in generation, else `None`.
+    """
+
+    rotary: Rotary | None
+    cache: DMCCache | None
+
+
+class DMCCoreAttention(MegatronModule):
+    """Decisions, merging, rotation and attention of one layer.
+
+    In training, soft decisions with noise; in evaluation, hard ones; with a cache, hard ones against its entries.
+
+    Args:
+        config, layer_number: as for any core attention of Megatron; `layer_number` counts from 1.
+        compression: the model's schedule and loss.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *,
+        compression: Compression,
+        pg_collection: Any,
+        softmax_scale: float | None = None,
+        **_: Any,  # mask type, attention type, CP communication: always causal self-attention without CP
+    ) -> None:
+        super().__init__(config=config)
+        self.layer = layer_number - 1
+        self.compression = compression
+        self.merging = True
+        """Set to `False` to append every token: the same weights, without compression."""
+        self.settings = dict(scale=softmax_scale, interleaved=config.rotary_interleaved)
+        self._tp = pg_collection.tp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: Any = None,
+        attention_bias: DMCCall,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """`query` `[s, b, h, d]`, `key, value` `[s, b, g, d]`, unrotated, this rank's heads; returns `[s, b, h*d]`.
+
+        The attention is causal; `attention_mask` is not read.
+        """
+        dmc = self.compression.config
+        call = attention_bias
+        if not dmc.merges:
+            if call.cache is not None:
+                raise DMCError(f"stage {dmc.dmc_stage} does not compress: there is no cache to generate from before `retrofit`")
+            output = zero_out_attention(
+                query, key, value, call.rotary, last_channel=self.compression.last_channel, **self.settings
+            )
+            return output.flatten(2)
+
+        settings = dict(self.settings, window=dmc.dmc_window_size, offset=dmc.dmc_init_val if self.merging else math.inf)
+        if call.cache is not None:
+            output, _ = dmc_attention_cached(query, key, value, call.rotary, call.cache, **settings)
+        elif self.training:
+            noise = self._noise(key) if dmc.dmc_noise else None
+            output, alpha = dmc_attention(
+                query, key, value, call.rotary, temperature=dmc.dmc_temp, noise=noise, **settings
+            )
+            output = self.compression.attach(output, alpha, self.layer)
+        else:
+            output, _ = dmc_attention(query, key, value, call.rotary, **settings)
+        return output.flatten(2)
+
+    def _noise(self, key: Tensor) -> Tensor:
+        """Logistic noise `[s, b, g]`, the difference of two standard Gumbel variables.
+
+        It comes from the default generator, whose state Megatron saves for recomputation and in checkpoints and keeps
+        equal over tensor-parallel ranks: every rank draws for all heads and takes its own, so that a head's noise does
+        not depend on the layout. That state is also equal over data-parallel ranks; there the uniform variable is
+        shifted by the rank's share of the unit interval, which keeps its distribution.
+        """
+        s, b, kv_heads = key.shape[:3]
+        first = get_pg_rank(self._tp) * kv_heads
+        uniform = torch.rand(s, b, kv_heads * get_pg_size(self._tp), device=key.device)[:, :, first : first + kv_heads]
+        if parallel_state.is_initialized():
+            share = parallel_state.get_data_parallel_rank() / parallel_state.get_data_parallel_world_size()
+            uniform = (uniform + share) % 1.0
+        return torch.logit(uniform, eps=2.0**-25)
+
+
+class DMCSelfAttention(SelfAttention):
+    """Megatron's self-attention layer with a KV cache that compresses itself.
+
+    Shapes in and out are those of `SelfAttention`, `[s, b, hidden]`. Parameters are its parameters: DMC adds none, and
+    checkpoints move between the two.
+
+    Args:
+        compression: the model's schedule and loss; all layers of a model share one.
+        Others as for `SelfAttention`.
+
+    Raises:
+        DMCError: for a model that DMC cannot serve; the message names the setting.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        *args: Any,
+        compression: Compression,
+        **kwargs: Any,
+    ) -> None:
+        check_model(config)
+        # Set here and not in the spec: `--attention-backend local` replaces the spec's core attention.
+        submodules = replace(submodules, core_attention=partial(DMCCoreAttention, compression=compression))
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context: Any = None,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+        sequence_len_offset: Any = None,
+        *,
+        inference_params: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `SelfAttention.forward`; the arguments that DMC has no meaning for must be `None`."""
+        refused = dict(
+            key_value_states=key_value_states,
+            rotary_pos_cos=rotary_pos_cos,
+            rotary_pos_sin=rotary_pos_sin,
+            rotary_pos_cos_sin=rotary_pos_cos_sin,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+        )
+        if given := [name for name, value in refused.items() if value is not None]:
+            raise DMCError(f"DMC attention takes no {', '.join(given)}")
+        context = inference_context if inference_context is not None else inference_params
+        if context is not None and not context.is_static_batching():
+            raise DMCError("DMC generates with a static inference context (StaticInferenceContext); got a dynamic one")
+        start = 0 if context is None else context.sequence_len_offset
+        tokens = hidden_states.shape[0] * (get_pg_size(self.tp_group) if self.config.sequence_parallel else 1)
+        call = DMCCall(
+            rotary=self._rotary_tables(rotary_pos_emb, slice(start, start + tokens)),
+            cache=None if context is None else self._cache(context, hidden_states),
+        )
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            inference_context=context,
+            attention_bias=call,
+            sequence_len_offset=sequence_len_offset,
+        )
+
+    def _adjust_key_value_for_inference(self, inference_context, query, key, value, rotary_pos_emb, *args, **kwargs):
+        """The base class would store every key and value here; DMC's cache takes them in the core attention."""
+        return query, key, value, rotary_pos_emb, self.attn_mask_type, None
+
+    def _rotary_tables(self, embedding: Any, positions: slice) -> Rotary | None:
+        """`(cos, sin)` from the angles `[s, 1 | b, 1, d_rot]` that Megatron passes, at `positions`, in float32."""
+        skip = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
+        if embedding is None or skip:
+            return None
+        angles = embedding[0] if isinstance(embedding, tuple) else embedding
+        angles = angles[positions].squeeze(2).float()
+        angles = angles.squeeze(1) if angles.shape[1] == 1 else angles
+        magnitude = self._yarn_concentration_factor
+        return angles.cos() * magnitude, angles.sin() * magnitude
+
+    def _cache(self, context: Any, hidden_states: Tensor) -> DMCCache:
+        """This layer's cache, kept where Megatron's static context keeps keys and values."""
+        caches = context.key_value_memory_dict
+        if context.sequence_len_offset == 0 or self.layer_number not in caches:
+            caches[self.layer_number] = DMCCache.empty(
+                hidden_states.shape[1],
+                self.num_query_groups_per_partition,
+                self.hidden_size_per_attention_head,
+                dtype=self.config.params_dtype,
+                device=hidden_states.device,
+            )
+        cache = caches[self.layer_number]
+        if cache.tokens != context.sequence_len_offset:
+            raise DMCError(
+                f"the cache of layer {self.layer_number} has seen {cache.tokens} tokens, but the context is at "
+                f"{context.sequence_len_offset}: a compressed cache cannot be rewound, start a new context"
+            )
+        return cache
+
+    @torch.no_grad()
+    def zero_importance(self) -> bool:
+        """Set to 0 the query rows that produce the last channel, so that every token's importance is `sigmoid(c)`.
+
+        Ends the stage `zero-out`. Returns whether anything had to change.
+        """
+        parameters = [p for p in (self.linear_qkv.weight, getattr(self.linear_qkv, "bias", None)) if p is not None and p.numel()]
+        rows = self._last_query_rows(parameters[0].device)
+        changed = any(bool(p[rows].any()) for p in parameters)
+        for p in parameters:
+            p[rows] = 0
+        norm = self.q_layernorm
+        if norm is not None and getattr(norm, "bias", None) is not None:
+            # A LayerNorm shifts a channel that is 0: its own gain and bias for that channel must vanish as well.
+            norm.weight[-1] = -1.0 if self.config.layernorm_zero_centered_gamma else 0.0
+            norm.bias[-1] = 0.0
+        return changed
+
+    def importance_is_zeroed(self) -> bool:
+        """Whether the query rows that produce the last channel are 0, as after the stage `zero-out`."""
+        rows = self._last_query_rows(self.linear_qkv.weight.device)
+        return not bool(self.linear_qkv.weight[rows].any())
+
+    def _last_query_rows(self, device) -> Tensor:
+        """Rows of this rank's fused QKV projection, which lies as (queries, [gates,] key, value) per KV head."""
+        d = self.hidden_size_per_attention_head
+        groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
+        per_group = heads // groups
+        stride = per_group * (2 if self.config.attention_output_gate else 1) + 2
+        group, head = torch.arange(groups, device=device)[:, None], torch.arange(per_group, device=device)
+        return ((group * stride + head) * d + d - 1).flatten()
+
+
+def check_model(config: TransformerConfig) -> None:
+    """Refuse a model that DMC cannot serve, by the name of the setting.
+
+    Raises:
+        DMCError: with everything that stands in the way.
+    """
+    refusals = [
+        (config.multi_latent_attention, "multi_latent_attention", "its cache is already one latent vector per token"),
+        (config.window_size is not None, "window_size", "sliding windows drop the entries that DMC merges"),
+        (config.softmax_type != "vanilla", "softmax_type", "attention sinks are not part of DMC's softmax"),
+        (config.attention_dropout > 0, "attention_dropout", "set it to 0 (--attention-dropout 0)"),
+        (config.experimental_attention_variant is not None, "experimental_attention_variant", "DMC is one itself"),
+        (config.context_parallel_size > 1, "context_parallel_size", "a merge would cross the border of two ranks"),
+        (
+            config.num_query_groups < config.tensor_model_parallel_size,
+            "tensor_model_parallel_size",
+            f"there are only {config.num_query_groups} KV heads to share out",
+        ),
+        (config.fused_single_qkv_rope, "fused_single_qkv_rope", "DMC rotates after the merge"),
+        (config.flash_decode, "flash_decode", "it stores rotated keys"),
+        (config.qk_clip, "qk_clip", "DMC attention keeps no maximum logit"),
+        (config.log_max_attention_logit, "log_max_attention_logit", "DMC attention keeps no maximum logit"),
+        (getattr(config, "fp8_dot_product_attention", False), "fp8_dot_product_attention", "DMC attention is not fp8"),
+        (config.cuda_graph_impl != "none", "cuda_graph_impl", "the schedule changes between steps"),
+    ]
+    if found := [f"{name} = {getattr(config, name)!r} ({why})" for bad, name, why in refusals if bad]:
+        raise DMCError("DMC cannot be used with " + "; ".join(found))

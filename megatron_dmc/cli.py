@@ -1,0 +1,50 @@
+"""The command line: one word chooses the command, the rest of the line is that command's."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from megatron_dmc import __version__
+from megatron_dmc.config import DMCError
+
+COMMANDS = {
+    "prepare-data": "text, JSON lines or a folder of files into Megatron's indexed dataset",
+    "train": "Megatron's training loop with DMC: every Megatron argument and --dmc-…",
+    "generate": "continue prompts from a compressed cache",
+    "report": "what compression costs a checkpoint, and which heads compress how much",
+}
+
+USAGE = """\
+megatron-dmc {version}: Dynamic Memory Compression for Megatron-LM
+
+usage: megatron-dmc COMMAND …     (or: python -m megatron_dmc COMMAND …, torchrun … -m megatron_dmc COMMAND …)
+
+{commands}
+
+examples:
+  megatron-dmc prepare-data --input corpus/ --output data/corpus --train-tokenizer 4096
+  torchrun --nproc-per-node 8 -m megatron_dmc train --dmc-stage retrofit --dmc-cr 4 --load … --finetune …
+  megatron-dmc generate checkpoints/dmc --prompt "def main("
+  megatron-dmc report checkpoints/dmc --text held-out.txt
+
+megatron-dmc COMMAND --help explains one command. On a machine without a GPU everything runs on the CPU."""
+
+
+def main() -> None:
+    """Run the command that the command line names."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        commands = "\n".join(f"  {name:14}{help}" for name, help in COMMANDS.items())
+        print(USAGE.format(version=__version__, commands=commands))
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    if command == "--version":
+        print(__version__)
+        return
+    if command not in COMMANDS:
+        sys.exit(f"megatron-dmc: no command {command!r}; there are {', '.join(COMMANDS)}")
+    sys.argv = [f"megatron-dmc {command}", *sys.argv[2:]]
+    try:
+        importlib.import_module(f"megatron_dmc.commands.{command.replace('-', '_')}").main()
+    except DMCError as error:
+        sys.exit(f"megatron-dmc {command}: {error}")

@@ -1,0 +1,1 @@
+"""The commands of `python -m megatron_dmc`, one file each."""

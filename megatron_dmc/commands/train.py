@@ -1,0 +1,222 @@
+"""`megatron-dmc train`: Megatron's own pretraining of GPT models, with a DMC stage where one is asked for.
+
+The data and loss functions are what Megatron's `pretrain_gpt.py` has, which its wheel does not bring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+
+import torch
+
+from megatron_dmc.config import DMCConfig, DMCError, add_flags
+from megatron_dmc.cpu import emulate_cuda
+
+EXAMPLES = """\
+Megatron's training loop: every Megatron argument, and the --dmc-… flags (at the end of this page).
+Without --dmc-stage the model trains as it is. A stage begins with --finetune from the checkpoint of the one before.
+
+examples (MODEL stands for the architecture, batch size and data arguments, the same in each):
+  torchrun --nproc-per-node 8 -m megatron_dmc train MODEL --dmc-stage zero-out --load base --finetune \\
+      --save zero-out --train-iters 250
+  torchrun --nproc-per-node 8 -m megatron_dmc train MODEL --dmc-stage retrofit --dmc-cr 4 --load zero-out --finetune \\
+      --save retrofit --train-iters 12000
+  torchrun --nproc-per-node 8 -m megatron_dmc train MODEL --dmc-stage finetune --dmc-cr 4 --load retrofit --finetune \\
+      --save dmc-4x --train-iters 2000
+To go on after an interruption, give the same line with --load set to the stage's own --save, and no --finetune.
+"""
+
+
+def main() -> None:
+    emulate_cuda()
+    for name, alone in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
+        os.environ.setdefault(name, alone)  # one process without torchrun
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    from megatron_dmc.megatron_hooks import keep_compiled_helpers
+
+    keep_compiled_helpers()
+    if os.environ["MASTER_PORT"] == "0":
+        os.environ["MASTER_PORT"] = str(_free_port())
+    args = parse_and_validate_args(extra_args_provider=_arguments)
+    dmc = DMCConfig.from_args(args)
+    _check_checkpoint_exists(args)
+    model = gpt_config_from_args(args)
+    if dmc.dmc_stage is not None:
+        if args.spec is not None:
+            raise DMCError("--spec and --dmc-stage both name the layers: leave one of them out")
+        from megatron_dmc.spec import dmc_layer_spec
+
+        model.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
+    _datasets.is_distributed = True
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model), _datasets, ModelType.encoder_or_decoder, _forward_step
+        )
+    finally:
+        if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
+            torch.distributed.destroy_process_group()
+
+
+def _arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.prog = "megatron-dmc train"
+    parser.usage = "torchrun … -m megatron_dmc train [--dmc-stage STAGE] [MEGATRON'S ARGUMENTS]"
+    parser.description = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return add_flags(parser)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _check_checkpoint_exists(args: argparse.Namespace) -> None:
+    """Megatron starts from random weights where `--load` has nothing; a stage of DMC must not."""
+    from megatron.training.checkpointing import checkpoint_exists
+
+    if args.dmc_stage is None or args.load is None or checkpoint_exists(args.load):
+        return
+    if args.pretrained_checkpoint is None:
+        raise DMCError(f"no checkpoint in --load {args.load} (it must be a folder with latest_checkpointed_iteration.txt)")
+
+
+def _datasets(num_samples: list[int], vp_stage: int | None = None):
+    """Training, validation and test datasets of the given numbers of samples."""
+    from megatron.core import parallel_state
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import get_args
+    from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    tokenizer = build_tokenizer(args)
+    _check_vocabulary([*(blend or ([], None))[0], *((blend_per_split or [None])[0] or ([], None))[0]], tokenizer)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=tokenizer,
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+
+    def needed_here() -> bool:
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        return first and is_first_or_last_pipeline_stage(vp_stage)
+
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, needed_here, config).build()
+
+
+def _check_vocabulary(prefixes: list[str], tokenizer) -> None:
+    """Refuse data that another tokenizer made, as far as its vocabulary tells (`prepare-data` notes it)."""
+    for prefix in prefixes:
+        note = f"{prefix}.json"
+        if os.path.isfile(note):
+            with open(note) as file:
+                made_with = json.load(file)["vocab_size"]
+            if made_with != tokenizer.vocab_size:
+                raise DMCError(
+                    f"{prefix} was prepared with a tokenizer of {made_with} tokens, --tokenizer-model has "
+                    f"{tokenizer.vocab_size}: use the tokenizer that prepared the data"
+                )
+
+
+def _forward_step(data_iterator, model):
+    """One micro-batch: the model's losses per token and the function that sums them."""
+    from megatron.core.utils import get_attr_wrapped_model
+
+    batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    losses = model(
+        batch.get("tokens"),
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        labels=batch.get("labels"),
+        loss_mask=batch.get("loss_mask"),
+    )
+    return losses, partial(_loss, batch.get("loss_mask"))
+
+
+def _batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor]:
+    """The next micro-batch, on every tensor-parallel rank of the stages that need it."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.training import get_args
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    args = get_args()
+    predicts_more = args.mtp_num_layers is not None and mtp_on_this_rank(
+        layout=args.pipeline_model_parallel_layout,
+        mtp_num_layers=args.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_more:
+        return {}
+    batch = {}
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        batch = {name: x.cuda(non_blocking=True) for name, x in next(data_iterator).items()}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+        broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=predicts_more,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
+        is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+    )
+
+
+def _loss(loss_mask: torch.Tensor, losses: torch.Tensor):
+    """Sum of the losses, the number of tokens that count, and both for the log."""
+    from megatron.core.rerun_state_machine import get_rerun_state_machine
+    from megatron.training import get_args
+
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    tokens = mask.sum().detach().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for rejected in (torch.isnan, torch.isinf):
+            get_rerun_state_machine().validate_result(
+                result=loss,
+                rejection_func=rejected,
+                message=f"the loss of a micro-batch {rejected.__name__.replace('is', 'is ')}",
+                tolerance=0.0,
+                fatal=True,
+            )
+    return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}

@@ -1,0 +1,135 @@
+"""The compression loss and its schedule: how much each layer is asked to merge, and how it feels that it should.
+
+The loss is `max(0, p_n - m̄)` with `m̄` the share of tokens that merged, over all layers, KV heads, tokens and
+sequences, and `p_n = 1 - 1/CR_n` the share asked for. Its gradient is one constant for every decision while
+`m̄ < p_n`, and nothing after. So a layer needs one bit to add its own gradient: the language-model loss of any script
+stays untouched, pipeline stages exchange nothing inside a step, and the gradient does not depend on the layout. The
+bit comes from the step before, reduced over all ranks once per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.config import DMCConfig
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one training step compressed.
+
+    Attributes:
+        loss: `max(0, p_n - m̄)`.
+        ratio: tokens per cache entry, `1/(1 - m̄)`.
+        target: `CR_n`.
+        layer_ratios: `[layers]`, the ratio of each layer.
+    All but `target` are float64 tensors on the device, so that making a report waits for nothing.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    target: float
+    layer_ratios: Tensor
+
+
+class Compression:
+    """One model's compression in training: the schedule, the count of decisions, the gradient of the loss.
+
+    Every DMC layer of a model, in all its pipeline chunks, holds the same object. A training step is
+    `begin_step`, then forward and backward passes, then `end_step`, on every rank.
+
+    Args:
+        config: the settings.
+        layers: decoder layers of the whole model.
+        kv_heads: KV heads of one layer, over all tensor-parallel ranks.
+        per_token: gradients are summed over tokens and divided by their number at the end of a step, as Megatron's
+            `calculate_per_token_loss` does; otherwise each micro-batch is averaged.
+    """
+
+    def __init__(self, config: DMCConfig, layers: int, kv_heads: int, per_token: bool = False) -> None:
+        self.config = config
+        self.layers = layers
+        self.kv_heads = kv_heads
+        self.per_token = per_token
+        self.iteration: int | None = None
+        self.target = 1.0
+        self.last_channel = 1.0
+        self.merge_rate: Tensor | float = 0.0  # m̄ of the last step; a tensor once a step has run
+        self._counts: Tensor | None = None  # [2, layers]: tokens that merged, tokens
+        self._loss_scale: Tensor | float = 1.0
+
+    def begin_step(self, iteration: int, total: int) -> None:
+        """Set the schedule for step `iteration` (from 0) of `total`."""
+        self.iteration = iteration
+        progress = min(1.0, iteration / total) if total else 1.0
+        if self.config.dmc_stage == "zero-out":
+            self.last_channel = max(0.0, 1 - progress / 0.8)
+        else:
+            self.target = 1 + (self.config.dmc_cr - 1) * (progress if self.config.dmc_stage == "retrofit" else 1.0)
+
+    @property
+    def merge_target(self) -> float:
+        """`p_n`, the share of tokens asked to merge."""
+        return 1 - 1 / self.target
+
+    def set_loss_scale(self, scale: Tensor) -> None:
+        """Megatron's hook for attention variants: the factor that brings our gradient to the scale of the loss."""
+        self._loss_scale = scale
+
+    def attach(self, output: Tensor, alpha: Tensor, layer: int) -> Tensor:
+        """`output` unchanged; in the backward pass the decisions `alpha` `[s, b, g]` of layer `layer` (from 0) are
+        counted and receive the compression gradient. (Counting there, not in the forward pass, counts once however
+        often a forward pass is recomputed.)"""
+        return _Attach.apply(output, alpha, self, layer)
+
+    def end_step(self) -> StepReport | None:
+        """Reduce the counts over all ranks and set the bit for the next step; `None` if no decision was made."""
+        if not self.config.merges:
+            return None
+        counts = self._counts if self._counts is not None else self._zeros("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.distributed.is_initialized():
+            # Counts are whole numbers in float64: the sum is exact, hence the same for every layout and every rank.
+            torch.distributed.all_reduce(counts)
+        merged, tokens = counts
+        self.merge_rate = merged.sum() / tokens.sum()
+        self._counts = None
+        return StepReport(
+            loss=(self.merge_target - self.merge_rate).clamp(min=0),
+            ratio=1 / (1 - self.merge_rate),
+            target=self.target,
+            layer_ratios=1 / (1 - merged / tokens),
+        )
+
+    def _zeros(self, device) -> Tensor:
+        return torch.zeros(2, self.layers, dtype=torch.float64, device=device)
+
+    def _count(self, layer: int, merged: Tensor, tokens: int) -> None:
+        if self._counts is None:
+            self._counts = self._zeros(merged.device)
+        self._counts[0, layer] += merged
+        self._counts[1, layer] += tokens
+
+    def _gradient(self, alpha_shape: torch.Size, device: torch.device) -> Tensor:
+        """The loss's gradient for each decision: straight through the threshold, `-[m̄ < p_n] / count`."""
+        s, b, _ = alpha_shape
+        decisions = self.layers * self.kv_heads * (1 if self.per_token else s * b)
+        active = torch.as_tensor(self.merge_rate, device=device) < self.merge_target
+        return -(active * self._loss_scale / decisions)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, alpha: Tensor, compression: Compression, layer: int) -> Tensor:
+        ctx.compression, ctx.layer, ctx.shape, ctx.dtype = compression, layer, alpha.shape, alpha.dtype
+        ctx.save_for_backward((alpha > 0.5).sum())
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        (merged,) = ctx.saved_tensors
+        ctx.compression._count(ctx.layer, merged, ctx.shape.numel())
+        gradient = ctx.compression._gradient(ctx.shape, merged.device).to(ctx.dtype)
+        return grad_output, gradient.expand(ctx.shape), None, None

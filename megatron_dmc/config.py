@@ -1,0 +1,118 @@
+"""The settings of DMC: one dataclass, read from flags, from a YAML file or from a checkpoint, validated once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+STAGES = ("zero-out", "retrofit", "finetune")
+"""The three stages, in order: free the last channel, learn to merge, settle at the target ratio."""
+
+CONFIG_VARIABLE = "DMC_CONFIG"
+"""Environment variable that names the YAML file of settings, for scripts that do not know DMC's flags."""
+
+
+class DMCError(ValueError):
+    """A mistake that its reader can mend: the message says what was given, what is allowed and what to do."""
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DMCConfig:
+    """How a model compresses its cache and how it learns to (defaults and names as NVIDIA published them).
+
+    The same names serve as flags (`--dmc-window-size`), as keys of the YAML file and as attributes of the arguments
+    that Megatron saves with a checkpoint.
+    """
+
+    dmc_stage: str | None = _setting(None, f"the stage to train: {', '.join(STAGES)}; left out, the model trains as it is")
+    dmc_cr: float = _setting(4.0, "target compression ratio: tokens per cache entry, at least 1")
+    dmc_init_val: float = _setting(5.0, "offset c that makes an untrained model append every token")
+    dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
+    dmc_temp: float = _setting(0.1, "temperature of the Gumbel-sigmoid decisions in training")
+    dmc_noise: bool = _setting(True, "draw Gumbel noise for the decisions in training (off only to compare runs)")
+
+    def __post_init__(self) -> None:
+        def number(name: str, allowed: str, good) -> None:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not good(value):
+                raise DMCError(f"{name} must be {allowed}; got {value!r}")
+
+        if self.dmc_stage is not None and self.dmc_stage not in STAGES:
+            raise DMCError(f"dmc_stage must be one of {', '.join(STAGES)}; got {self.dmc_stage!r}")
+        number("dmc_cr", "a compression ratio of at least 1", lambda x: 1 <= x < float("inf"))
+        number("dmc_init_val", "a finite number", lambda x: abs(x) < float("inf"))
+        number("dmc_window_size", "a whole number of tokens, 0 for no limit", lambda x: x == int(x) and x >= 0)
+        number("dmc_temp", "a positive temperature", lambda x: 0 < x < float("inf"))
+        if not isinstance(self.dmc_noise, bool):
+            raise DMCError(f"dmc_noise must be true or false; got {self.dmc_noise!r}")
+
+    @property
+    def merges(self) -> bool:
+        """Whether tokens merge in this stage, as opposed to the last channel only fading out."""
+        return self.dmc_stage in ("retrofit", "finetune")
+
+    @classmethod
+    def from_args(cls, args: Any) -> DMCConfig:
+        """From a namespace of arguments: the parsed command line, or what a checkpoint has saved."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> DMCConfig:
+        """From a YAML file with the flags' names as keys (`dmc_stage: retrofit` or `dmc-stage: retrofit`).
+
+        Raises:
+            DMCError: where the file is missing or no mapping, or has a key or value that is not allowed.
+        """
+        import yaml
+
+        path = Path(path)
+        try:
+            settings = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise DMCError(f"cannot read DMC's settings from {path}: {error}") from error
+        if not isinstance(settings, dict):
+            raise DMCError(f"{path} must hold `key: value` lines; got a {type(settings).__name__}")
+        settings = {str(key).replace("-", "_"): value for key, value in settings.items()}
+        allowed = [f.name for f in fields(cls)]
+        if unknown := sorted(set(settings) - set(allowed)):
+            raise DMCError(f"{path} has unknown keys: {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+        return cls(**settings)
+
+    @classmethod
+    def from_environment(cls) -> DMCConfig:
+        """From the file that `DMC_CONFIG` names.
+
+        Raises:
+            DMCError: where the variable is not set, or the file is wrong.
+        """
+        path = os.environ.get(CONFIG_VARIABLE)
+        if not path:
+            raise DMCError(
+                f"DMC has no settings: set {CONFIG_VARIABLE} to a YAML file (one line such as `dmc_stage: retrofit` "
+                "will do), or train with `python -m megatron_dmc train --dmc-stage …`"
+            )
+        config = cls.from_yaml(path)
+        if config.dmc_stage is None:
+            raise DMCError(f"{path} must name a stage: dmc_stage: {' | '.join(STAGES)}")
+        return config
+
+
+def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--dmc-…` flags to a parser, in the form of Megatron's `extra_args_provider`."""
+    group = parser.add_argument_group("dmc", "Dynamic Memory Compression")
+    for f in fields(DMCConfig):
+        flag = "--" + f.name.replace("_", "-")
+        help = f.metadata["help"].replace("%", "%%")
+        if f.type == "bool":
+            group.add_argument(flag.replace("--dmc-", "--dmc-no-"), dest=f.name, action="store_false", help=f"do not {help}")
+        else:
+            kind = {"float": float, "int": int}.get(f.type, str)
+            group.add_argument(flag, type=kind, default=f.default, help=f"{help} (default: {f.default})")
+    return parser

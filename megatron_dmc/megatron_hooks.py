@@ -1,0 +1,194 @@
+"""Every place where DMC reaches into Megatron's training loop. Checked against megatron-core 0.19.2.
+
+The loop has no callback for a step's begin and end, so `install` wraps four functions of `megatron.training`:
+
+- `train_step`: the schedule before a step; after it the reduction of decisions, the log line, and at the end of the
+  stage `zero-out` the zeroed query rows. Every rank comes here once per step, whatever layers it holds. (Reducing
+  inside a layer would deadlock a pipeline: its first stage would wait for a stage that waits for its activations.)
+- `evaluate`: the schedule, for a run that only evaluates.
+- `save_checkpoint`, `check_checkpoint_args`: the share of merged tokens, on which the next step's loss depends,
+  travels with the arguments that Megatron saves.
+
+A loop of one's own calls `Compression.begin_step` and `end_step` instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_dmc.compression import Compression, StepReport
+from megatron_dmc.config import DMCConfig, DMCError
+
+MERGE_RATE = "dmc_merge_rate"
+"""Name under which `Compression.merge_rate` is saved among the arguments."""
+
+
+def keep_compiled_helpers() -> None:
+    """Let Megatron use the dataset helpers that its wheel ships compiled.
+
+    The wheel has no Makefile, and `initialize_megatron`, which would run it, ends the process without one.
+    """
+    from megatron.core.datasets import utils
+
+    if (Path(utils.__file__).parent / "Makefile").exists():
+        return
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
+        raise DMCError("this installation of megatron-core has neither compiled dataset helpers nor their Makefile; reinstall it")
+    utils.compile_helpers = lambda: None
+
+
+def install(dmc: DMCConfig) -> None:
+    """Join DMC to `megatron.training`, where that is the training loop; without effect the second time."""
+    try:
+        from megatron.training import checkpointing, training
+        from megatron.training.global_vars import get_args
+    except ImportError:  # megatron-core without its training loop
+        return
+    try:
+        args = get_args()
+    except AssertionError:  # the model is built outside of the loop
+        return
+    _check_arguments(args)
+    vars(args).update(asdict(dmc))
+    _wrap(training, "train_step", _train_step)
+    _wrap(training, "evaluate", _evaluate)
+    _wrap(training, "save_checkpoint", _save_checkpoint)
+    _wrap(checkpointing, "check_checkpoint_args", _check_checkpoint_args)
+
+
+def _check_arguments(args: Any) -> None:
+    for name in ("reset_attention_mask", "reset_position_ids", "dataloader_inter_document_masking", "sft"):
+        if getattr(args, name, False):
+            raise DMCError(f"DMC does not keep packed documents apart yet: leave out --{name.replace('_', '-')}")
+
+
+def _wrap(module: Any, name: str, wrapper: Callable) -> None:
+    original = getattr(module, name)
+    if not hasattr(original, "dmc_wraps"):
+        wrapped = functools.wraps(original)(functools.partial(wrapper, original))
+        wrapped.dmc_wraps = original
+        setattr(module, name, wrapped)
+
+
+def _compression_of(model: list) -> Compression | None:
+    """The one `Compression` of a model; a script that builds every pipeline chunk from its own config gets them joined."""
+    from megatron.core.utils import get_model_config
+
+    first = getattr(get_model_config(model[0]), "dmc_compression", None)
+    for chunk in model[1:] if first is not None else ():
+        config = get_model_config(chunk)
+        if config.dmc_compression is not first:
+            config.dmc_compression = first
+            for layer in dmc_layers([chunk]):
+                layer.core_attention.compression = first
+    return first
+
+
+def dmc_layers(model: list) -> list:
+    """The DMC attention layers of a model's chunks on this rank."""
+    from megatron_dmc.attention import DMCSelfAttention
+
+    return [module for chunk in model for module in chunk.modules() if isinstance(module, DMCSelfAttention)]
+
+
+def _train_step(original, forward_step_func, data_iterator, model, optimizer, *args, iteration=None, **kwargs):
+    compression = _compression_of(model)
+    if compression is None:
+        return original(forward_step_func, data_iterator, model, optimizer, *args, iteration=iteration, **kwargs)
+    from megatron.training.global_vars import get_args
+
+    settings = get_args()
+    iteration = settings.curr_iteration if iteration is None else iteration
+    if compression.iteration is None:
+        _begin_training(compression, model, iteration)
+    compression.begin_step(iteration, settings.train_iters)
+    losses, *rest = original(forward_step_func, data_iterator, model, optimizer, *args, iteration=iteration, **kwargs)
+    report = compression.end_step()
+    _log(compression, report, losses, iteration + 1)
+    if compression.config.dmc_stage == "zero-out" and iteration + 1 >= settings.train_iters:
+        _end_zero_out(model, optimizer)
+    return losses, *rest
+
+
+def _begin_training(compression: Compression, model: list, iteration: int) -> None:
+    from megatron.training.global_vars import get_args
+
+    compression.merge_rate = getattr(get_args(), MERGE_RATE, 0.0)
+    if compression.config.dmc_stage == "retrofit" and iteration == 0:
+        if any(not layer.importance_is_zeroed() for layer in dmc_layers(model)):
+            warnings.warn(
+                "retrofitting starts from a model whose last query channel is in use: run the stage zero-out first",
+                stacklevel=2,
+            )
+
+
+def _end_zero_out(model: list, optimizer: Any) -> None:
+    for layer in dmc_layers(model):
+        layer.zero_importance()
+    # The optimizer's float32 copies must not bring the rows back.
+    if not getattr(optimizer, "is_stub_optimizer", False):
+        optimizer.reload_model_params()
+
+
+def _log(compression: Compression, report: StepReport | None, losses: dict, iteration: int) -> None:
+    """Add DMC to the losses that Megatron writes to its log line, to TensorBoard and to Weights & Biases."""
+    if not losses:  # a rank that does not log
+        return
+    import torch
+    from megatron.training.global_vars import get_args, get_tensorboard_writer
+
+    device = next(iter(losses.values())).device
+    if report is None:
+        losses["last channel"] = torch.tensor(compression.last_channel, device=device)
+        return
+    losses["compression loss"] = report.loss.float()
+    losses["compression ratio"] = report.ratio.float()
+    losses["target compression ratio"] = torch.tensor(report.target, device=device)
+    writer = get_tensorboard_writer()
+    if writer and iteration % get_args().tensorboard_log_interval == 0:
+        for layer, ratio in enumerate(report.layer_ratios.tolist(), 1):
+            writer.add_scalar(f"compression ratio by layer/{layer:03d}", ratio, iteration)
+
+
+def _evaluate(original, forward_step_func, data_iterator, model, *args, **kwargs):
+    compression = _compression_of(model)
+    if compression is not None and compression.iteration is None:
+        from megatron.training.global_vars import get_args
+
+        settings = get_args()
+        compression.begin_step(settings.iteration, settings.train_iters or 0)
+        compression.iteration = None  # training has not begun
+    return original(forward_step_func, data_iterator, model, *args, **kwargs)
+
+
+def _save_checkpoint(original, iteration, model, *args, **kwargs):
+    compression = _compression_of(model)
+    if compression is not None:
+        from megatron.training.global_vars import get_args
+
+        setattr(get_args(), MERGE_RATE, float(compression.merge_rate))
+    return original(iteration, model, *args, **kwargs)
+
+
+def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
+    """On resuming (not with `--finetune`): take up the merge rate, and refuse another stage or another form of DMC."""
+    from megatron.training.global_vars import get_args
+
+    args = get_args()
+    saved_stage = getattr(checkpoint_args, "dmc_stage", None)
+    if saved_stage != args.dmc_stage:
+        raise DMCError(
+            f"the checkpoint is from stage {saved_stage or 'none (not trained with DMC)'}, this run is stage "
+            f"{args.dmc_stage}: add --finetune to begin the stage from its weights"
+        )
+    for name in ("dmc_init_val", "dmc_window_size"):
+        if getattr(checkpoint_args, name) != getattr(args, name):
+            raise DMCError(f"the checkpoint was trained with {name} {getattr(checkpoint_args, name)}; got {getattr(args, name)}")
+    setattr(args, MERGE_RATE, getattr(checkpoint_args, MERGE_RATE, 0.0))
+    return original(checkpoint_args, *rest, **kwargs)

@@ -1,0 +1,1 @@
+"""DMC's operations on tensors; `reference` is the specification that every kernel is tested against."""
