@@ -9,6 +9,7 @@ rotates and attends (`megatron_dmc.ops.reference`).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -67,6 +68,8 @@ class DMCCoreAttention(MegatronModule):
         self.compression = compression
         self.merging = True
         """Set to `False` to append every token: the same weights, without compression."""
+        self.observer: Callable[[Tensor], Any] | None = None
+        """Called with the decisions `[s, b, g]` of every pass through a cache, where someone wants to see them."""
         self.settings = dict(scale=softmax_scale, interleaved=config.rotary_interleaved)
         self._tp = pg_collection.tp
 
@@ -97,7 +100,9 @@ class DMCCoreAttention(MegatronModule):
 
         settings = dict(self.settings, window=dmc.dmc_window_size, offset=dmc.dmc_init_val if self.merging else math.inf)
         if call.cache is not None:
-            output, _ = dmc_attention_cached(query, key, value, call.rotary, call.cache, **settings)
+            output, alpha = dmc_attention_cached(query, key, value, call.rotary, call.cache, **settings)
+            if self.observer is not None:
+                self.observer(alpha)
         elif self.training:
             noise = self._noise(key) if dmc.dmc_noise else None
             output, alpha = dmc_attention(
@@ -207,7 +212,9 @@ class DMCSelfAttention(SelfAttention):
         if embedding is None or skip:
             return None
         angles = embedding[0] if isinstance(embedding, tuple) else embedding
-        angles = angles[positions].squeeze(2).float()
+        if angles.shape[0] != positions.stop - positions.start:  # a table for all positions, not for this pass alone
+            angles = angles[positions]
+        angles = angles.squeeze(2).float()
         angles = angles.squeeze(1) if angles.shape[1] == 1 else angles
         magnitude = self._yarn_concentration_factor
         return angles.cos() * magnitude, angles.sin() * magnitude

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+import warnings
 
 from megatron_dmc import __version__
 from megatron_dmc.config import DMCError
@@ -44,6 +46,9 @@ def main() -> None:
     if command not in COMMANDS:
         sys.exit(f"megatron-dmc: no command {command!r}; there are {', '.join(COMMANDS)}")
     sys.argv = [f"megatron-dmc {command}", *sys.argv[2:]]
+    if command != "train":  # there, what Megatron has to say about its setup is worth reading
+        warnings.filterwarnings("ignore")
+        logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
         importlib.import_module(f"megatron_dmc.commands.{command.replace('-', '_')}").main()
     except DMCError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import runpy
 import sys
@@ -160,8 +161,9 @@ def _emulate_process_groups() -> None:
 
         @functools.wraps(original)
         def over_gloo(*args, original=original, dropped=dropped, **kwargs):
-            kwargs.pop(dropped, None)
-            return original(*args, **{**kwargs, "backend": "gloo"})
+            given = inspect.signature(original).bind(*args, **kwargs).arguments
+            given.pop(dropped, None)
+            return original(**{**given, "backend": "gloo"})
 
         setattr(distributed, name, over_gloo)
 

@@ -1,0 +1,177 @@
+"""Open a checkpoint of Megatron's distributed format in one process, whatever layout it was trained in."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dmc.config import DMCConfig, DMCError
+from megatron_dmc.cpu import CPU_ARGUMENTS
+
+ONE_PROCESS = dict(
+    rank=0,
+    world_size=1,
+    data_parallel_size=1,
+    tensor_model_parallel_size=1,
+    pipeline_model_parallel_size=1,
+    virtual_pipeline_model_parallel_size=None,
+    num_layers_per_virtual_pipeline_stage=None,
+    num_virtual_stages_per_pipeline_rank=None,
+    pipeline_model_parallel_layout=None,
+    decoder_first_pipeline_num_layers=None,
+    decoder_last_pipeline_num_layers=None,
+    context_parallel_size=1,
+    expert_model_parallel_size=1,
+    expert_tensor_parallel_size=1,
+    sequence_parallel=False,
+    tp_comm_overlap=False,
+    recompute_granularity=None,
+    recompute_method=None,
+    recompute_num_layers=None,
+    cuda_graph_impl="none",
+    spec=None,
+)
+"""Arguments of a training run that do not concern the model itself, set for one process."""
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, with what it was trained with.
+
+    Attributes:
+        model: Megatron's `GPTModel`.
+        tokenizer: Megatron's tokenizer of the training run, or the one asked for.
+        args: the arguments that the checkpoint holds, adapted to this process.
+        dmc: DMC's settings, `dmc_stage` `None` for a model without.
+    """
+
+    model: Any
+    tokenizer: Any
+    args: Namespace
+    dmc: DMCConfig
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder of one saved iteration: `path` itself, or the latest under the folder that `--save` named.
+
+    Raises:
+        DMCError: where there is none, or it is of another format.
+    """
+    from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
+
+    path = Path(path)
+    tracker = path / "latest_checkpointed_iteration.txt"
+    if tracker.is_file():
+        latest = tracker.read_text().strip()
+        path = path / (f"iter_{int(latest):07d}" if latest.isdigit() else latest)
+    if not path.is_dir():
+        raise DMCError(f"no checkpoint at {path}: give the folder that --save named, or one iter_… folder in it")
+    if not check_is_distributed_checkpoint(str(path)):
+        raise DMCError(f"{path} is not a checkpoint of Megatron's distributed format (--ckpt-format torch_dist)")
+    return path
+
+
+def load(path: str | Path, *, tokenizer_model: str | None = None, need_dmc: bool = True) -> LoadedModel:
+    """Load a checkpoint onto the GPU, or onto the CPU (in float32) where there is none.
+
+    Args:
+        path: see `find_checkpoint`.
+        tokenizer_model: another place of the tokenizer than the one it had in training.
+        need_dmc: refuse a checkpoint that has not been through `retrofit`.
+
+    Raises:
+        DMCError: for a checkpoint, tokenizer or model that does not fit.
+    """
+    from megatron.core import dist_checkpointing
+
+    path = find_checkpoint(path)
+    args = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+    if args is None:
+        raise DMCError(f"{path} holds no arguments to build the model from")
+    dmc = DMCConfig.from_args(args)
+    if need_dmc and not dmc.merges:
+        stage = f"only been through stage {dmc.dmc_stage}" if dmc.dmc_stage else "not been trained with DMC"
+        raise DMCError(f"{path} has {stage}: its cache does not compress before the stage retrofit")
+    _adapt(args)
+    _start_one_process()
+    tokenizer = _tokenizer(args, tokenizer_model)
+    model = _build(args, dmc)
+    state = {"model": model.sharded_state_dict(metadata=dist_checkpointing.load_content_metadata(str(path)))}
+    model.load_state_dict(dist_checkpointing.load(state, str(path))["model"])
+    return LoadedModel(model.eval(), tokenizer, args, dmc)
+
+
+def _adapt(args: Namespace) -> None:
+    """From the training run's machine and layout to this process."""
+    vars(args).update(ONE_PROCESS)
+    if torch.cuda.get_device_name() == "CPU":  # emulated
+        vars(args).update(CPU_ARGUMENTS, bf16=False, fp16=False, params_dtype=torch.float32, fp8=None)
+        return
+    try:
+        import transformer_engine  # noqa: F401
+    except ImportError:
+        args.transformer_impl = "local"
+        args.no_persist_layer_norm, args.gradient_accumulation_fusion = True, False
+
+
+def _start_one_process() -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(0)
+
+
+def _tokenizer(args: Namespace, tokenizer_model: str | None) -> Any:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    trained_with = args.padded_vocab_size
+    if tokenizer_model is not None:
+        args.tokenizer_model = tokenizer_model
+    try:
+        tokenizer = build_tokenizer(args)
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        raise DMCError(
+            f"cannot build the checkpoint's tokenizer ({args.tokenizer_type}, {args.tokenizer_model}): {error}; "
+            "if it has moved, say where to with --tokenizer-model"
+        ) from error
+    step = args.make_vocab_size_divisible_by
+    if not trained_with - step < tokenizer.vocab_size <= trained_with:
+        raise DMCError(
+            f"the tokenizer {args.tokenizer_model} has {tokenizer.vocab_size} tokens, the model an embedding of "
+            f"{trained_with}: give the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _build(args: Namespace, dmc: DMCConfig) -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    config = gpt_config_from_args(args)
+    if dmc.dmc_stage is not None:
+        from megatron_dmc.spec import dmc_layer_spec
+
+        config.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
+    config.finalize()
+    model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    return model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)
+
+
+def prepare_environment() -> None:
+    """Settings that Megatron reads from the environment, for a process that torchrun did not start."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -1,0 +1,132 @@
+"""`megatron-dmc report`: what compression costs on held-out text, and which heads compress how much."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_dmc.config import DMCError
+from megatron_dmc.cpu import emulate_cuda
+
+EXAMPLES = """\
+examples:
+  megatron-dmc report checkpoints/dmc-4x --text held-out/ --output report/
+  megatron-dmc report checkpoints/dmc-4x --data-path data/corpus-valid --max-tokens 200000
+
+CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. Each window of
+--seq-length tokens is read through an empty cache that hard decisions compress. --output receives report.json and
+report.png: ratio per layer and head, and how many tokens an entry stands for."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="megatron-dmc report",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of the stage retrofit or finetune")
+    parser.add_argument("--text", nargs="+", type=Path, help="held-out text: files, JSON lines, folders")
+    parser.add_argument("--data-path", metavar="PREFIX", help="instead, an indexed dataset")
+    parser.add_argument("--seq-length", type=int, help="tokens per window (default: as in training)")
+    parser.add_argument("--max-tokens", type=int, default=1_000_000, help="stop after about so many (default: 1,000,000)")
+    parser.add_argument("--output", type=Path, default=Path("."), help="folder for report.json and report.png (default: .)")
+    parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
+    args = parser.parse_args()
+    if (args.text is None) == (args.data_path is None):
+        raise DMCError("give held-out text: either --text or --data-path")
+    for name in ("seq_length", "max_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise DMCError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
+
+    emulate_cuda()
+    from megatron_dmc.checkpoint import load
+    from megatron_dmc.evaluation import read_windows
+
+    loaded = load(args.checkpoint, tokenizer_model=args.tokenizer_model)
+    length = args.seq_length or loaded.args.seq_length
+    if loaded.args.position_embedding_type == "learned_absolute" and length > loaded.args.max_position_embeddings:
+        raise DMCError(f"--seq-length {length} exceeds the model's {loaded.args.max_position_embeddings} positions")
+    windows = read_windows(loaded, length, text=args.text, data=args.data_path, limit=args.max_tokens)
+    args.output.mkdir(parents=True, exist_ok=True)
+    report, compressed = measure(loaded, windows)
+    print(table(report))
+    (args.output / "report.json").write_text(json.dumps({"checkpoint": args.checkpoint, **report}, indent=2) + "\n")
+    draw(report, compressed, args.output / "report.png")
+    print(f"\nwrote {args.output / 'report.json'} and {args.output / 'report.png'}")
+
+
+def measure(loaded, windows):
+    """The report as a dictionary, and the `Compressed` it comes from."""
+    from megatron_dmc.evaluation import loss_compressed, loss_uncompressed, perplexity
+
+    compressed = loss_compressed(loaded, windows)
+    uncompressed = loss_uncompressed(loaded, windows)
+    return {
+        "target_ratio": loaded.dmc.dmc_cr,
+        "compression_ratio": compressed.ratio,
+        "loss_compressed": compressed.loss,
+        "loss_uncompressed": uncompressed,
+        "perplexity_compressed": perplexity(compressed.loss),
+        "perplexity_uncompressed": perplexity(uncompressed),
+        "tokens": compressed.tokens,
+        "window": windows.shape[1] - 1,
+        "cache_bytes": compressed.entry_bytes,
+        "cache_bytes_uncompressed": round(compressed.entry_bytes * compressed.ratio),
+        "ratio_by_layer_and_head": compressed.ratios.tolist(),
+        "ratio_by_layer": (compressed.tokens / compressed.entries.mean(1)).tolist(),
+        "segments_by_length": compressed.segment_lengths.tolist(),
+    }, compressed
+
+
+def table(report: dict) -> str:
+    """The report as lines for a terminal."""
+    ratios = report["ratio_by_layer_and_head"]
+    lines = [
+        f"{report['tokens']:,} held-out tokens in windows of {report['window']}",
+        "",
+        f"{'':22}{'loss':>8}{'perplexity':>12}{'ratio':>8}",
+        f"{'compressed cache':22}{report['loss_compressed']:8.4f}{report['perplexity_compressed']:12.3f}"
+        f"{report['compression_ratio']:8.2f}",
+        f"{'without DMC':22}{report['loss_uncompressed']:8.4f}{report['perplexity_uncompressed']:12.3f}{1:8.2f}",
+        f"{'target':50}"[:42] + f"{report['target_ratio']:8.2f}",
+        "",
+        "ratio by layer" + "".join(f"{f'head {h}':>9}" for h in range(len(ratios[0]))),
+    ]
+    for layer, (mean, row) in enumerate(zip(report["ratio_by_layer"], ratios, strict=True), 1):
+        lines.append(f"{layer:5}{mean:9.2f}" + "".join(f"{ratio:9.2f}" for ratio in row))
+    return "\n".join(lines)
+
+
+def draw(report: dict, compressed, path: Path) -> None:
+    """A heat map of ratios over layers and heads, and the distribution of segment lengths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    image = left.imshow(compressed.ratios, cmap="viridis", aspect="auto", vmin=1)
+    layers, heads = compressed.ratios.shape
+    if layers * heads <= 128:
+        middle = (1 + compressed.ratios.max()) / 2
+        for (layer, head), ratio in np.ndenumerate(compressed.ratios):
+            left.text(head, layer, f"{ratio:.1f}", ha="center", va="center", color="white" if ratio < middle else "black")
+    left.set(xlabel="KV head", ylabel="layer", title=f"tokens per cache entry (all: {compressed.ratio:.2f})")
+    left.set_xticks(range(heads) if heads <= 32 else range(0, heads, 8))
+    step = 1 if layers <= 32 else 4
+    left.set_yticks(range(0, layers, step), range(1, layers + 1, step))
+    figure.colorbar(image, ax=left)
+    counts = compressed.segment_lengths
+    lengths = np.arange(len(counts))
+    shown = min(len(counts), max(24, int(np.searchsorted(np.cumsum(counts), 0.995 * counts.sum())) + 2))
+    right.bar(lengths[1:shown], (counts / counts.sum())[1:shown], color="#3b528b", label="of entries")
+    right.plot(lengths[1:shown], (counts * lengths / (counts * lengths).sum())[1:shown], "o-", color="#e07b00", ms=3, label="of tokens")
+    right.set(xlabel="tokens merged into one entry", ylabel="share", title="segment lengths")
+    right.legend()
+    cost = 100 * (report["loss_compressed"] / report["loss_uncompressed"] - 1)
+    figure.suptitle(f"Dynamic Memory Compression: loss {report['loss_compressed']:.4f} ({cost:+.1f}% over the same model uncompressed)")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
