@@ -1,0 +1,23 @@
+# megatron-dmc on NVIDIA's PyTorch image, whose torch, Transformer Engine and Apex stay as they are.
+#   docker build -t megatron-dmc .
+#   docker run --gpus all --ipc host -v "$PWD":/workspace megatron-dmc train --help
+FROM nvcr.io/nvidia/pytorch:26.06-py3
+
+WORKDIR /opt/megatron-dmc
+
+# Dependencies first: they change less often than the code. What the image brings is pinned to what it brings.
+COPY pyproject.toml setup.py constraints.txt README.md ./
+COPY megatron_dmc/__init__.py megatron_dmc/
+RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|transformer[-_]engine.*|apex|numpy)==' > image.txt \
+    && grep -E '^megatron-core==' constraints.txt >> image.txt \
+    && pip install --no-cache-dir -c image.txt .
+
+COPY . .
+RUN pip install --no-cache-dir --no-deps . \
+    && python -c 'import torch; assert torch.version.cuda' \
+    && useradd --create-home --uid 10001 dmc
+
+USER dmc
+WORKDIR /workspace
+ENTRYPOINT ["megatron-dmc"]
+CMD ["--help"]

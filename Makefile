@@ -1,0 +1,23 @@
+# make demo   retrofit a small model to 4x and generate from its compressed cache (ten minutes on two cores)
+# make test   all tests (GPU tests run where there is a GPU)
+# make lint   ruff, and hadolint on the Dockerfile
+# make PYTHON=/path/to/python3.12 …   chooses the interpreter that .venv is made from
+
+.PHONY: demo test lint clean
+
+demo: .venv/.ready
+	.venv/bin/python examples/demo.py
+
+test: .venv/.ready
+	.venv/bin/python -m pytest
+
+lint: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/hadolint Dockerfile
+
+.venv/.ready: pyproject.toml setup.py constraints.txt tools/venv.sh
+	tools/venv.sh
+
+clean:
+	rm -rf .venv runs build *.egg-info

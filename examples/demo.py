@@ -1,0 +1,186 @@
+"""Retrofit a small model to 4x cache compression, beside a control that trains on without it, and generate from it.
+
+    python examples/demo.py [--output runs/demo]
+
+The text is the source of Python's standard library, read as bytes. Every step is a command that is printed before it
+runs; a user's own run consists of the same ones. On a machine without a GPU it takes ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+SKIPPED = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "ensurepip", "pydoc_data", "encodings", "__pycache__"}
+PROMPTS = ["import os\n\ndef ", "class Queue:\n    def __init__(self"]
+PROGRESS = re.compile(r" iteration +(\d+)/ *(\d+) .*?\| (lm loss: .*?) \| loss scale")
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model and its training; the control gets as many steps as the three stages together."""
+
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    seq_length: int = 256
+    batch: int = 8
+    base: int = 640
+    zero_out: int = 40
+    retrofit: int = 360
+    finetune: int = 140
+    held_out_tokens: int = 150_000
+    flags: tuple[str, ...] = ()
+
+
+CPU = Size()
+GPU = replace(CPU, layers=8, hidden=512, heads=8, batch=64, base=800, held_out_tokens=400_000, flags=("--bf16",))
+RATIO = 4.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder that is made anew (default: runs/demo)")
+    output = parser.parse_args().output
+
+    import torch
+
+    started = time.monotonic()
+    size = GPU if torch.cuda.is_available() else CPU
+    if output.exists():
+        shutil.rmtree(output)
+    copy_standard_library(output / "text")
+    data = f"{output}/data"
+    dmc("prepare-data", "--input", f"{output}/text", "--holdout", "0.06", "--output", data, "--train-tokenizer", "257")
+
+    train(size, output, "base", size.base, lr=2e-3, min_lr=1e-4, warmup=30)
+    stages = size.zero_out + size.retrofit + size.finetune
+    train(size, output, "control", stages, lr=2e-3, min_lr=1e-4, start="base")
+    train(size, output, "zero-out", size.zero_out, lr=1e-3, min_lr=1e-3, start="base", stage="zero-out")
+    train(size, output, "retrofit", size.retrofit, lr=2e-3, min_lr=1e-3, start="zero-out", stage="retrofit")
+    train(size, output, "finetune", size.finetune, lr=1e-3, min_lr=1e-4, start="retrofit", stage="finetune")
+
+    evaluate(size, output, data)
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    dmc("generate", f"{output}/finetune", *prompts, "--max-new-tokens", "120")
+    print(f"\n{time.monotonic() - started:.0f} seconds; {output}/report.json, {output}/report.png")
+
+
+def copy_standard_library(folder: Path) -> None:
+    """The standard library's own modules, without tests and tables."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for source in sorted(library.rglob("*.py")):
+        parts = source.relative_to(library).parts
+        if not SKIPPED.intersection(parts[:-1]) and not any(part.endswith("-packages") for part in parts):
+            target = folder.joinpath(*parts)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
+def train(
+    size: Size, output: Path, name: str, steps: int, *, lr: float, min_lr: float, warmup: int = 0, start: str = "", stage: str = ""
+) -> None:
+    """One training run into `output/name`, from the weights in `output/start`, in a stage of DMC or without."""
+    command = f"""
+        train --num-layers {size.layers} --hidden-size {size.hidden} --num-attention-heads {size.heads}
+        --seq-length {size.seq_length} --max-position-embeddings {size.seq_length} --position-embedding-type rope
+        --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
+        --micro-batch-size {size.batch} --global-batch-size {size.batch} --train-iters {steps}
+        --lr {lr} --min-lr {min_lr} --lr-warmup-iters {warmup} --lr-decay-style cosine
+        --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95
+        --train-data-path {output}/data-train --valid-data-path {output}/data-valid --test-data-path {output}/data-valid
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model {output}/data-tokenizer
+        --make-vocab-size-divisible-by 1 --num-workers 0 --no-create-attention-mask-in-dataloader
+        --save {output}/{name} --save-interval 100000 --ckpt-format torch_dist
+        --log-interval 20 --eval-interval 100000 --eval-iters 1
+        --transformer-impl {"transformer_engine" if has_transformer_engine() else "local --no-persist-layer-norm"}
+        """.split()
+    command += size.flags
+    if not has_transformer_engine():
+        command.append("--no-gradient-accumulation-fusion")
+    if start:
+        command += ["--load", f"{output}/{start}", "--finetune"]
+    if stage:
+        command += ["--dmc-stage", stage, "--dmc-cr", f"{RATIO:g}"]
+    dmc(*command, log=output / f"{name}.log", label=name)
+
+
+def has_transformer_engine() -> bool:
+    import importlib.util
+
+    import torch
+
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def dmc(*arguments: str, log: Path | None = None, label: str = "") -> None:
+    """Run one megatron-dmc command; with a log, keep its output there and show only how training goes."""
+    command = [sys.executable, "-m", "megatron_dmc", *arguments]
+    print(f"\n$ python -m megatron_dmc {shlex.join(arguments)}", flush=True)
+    if log is None:
+        subprocess.run(command, check=True)
+        return
+    with open(log, "w") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        for line in run.stdout:
+            file.write(line)
+            if found := PROGRESS.search(line):
+                step, steps, losses = found.groups()
+                losses = re.sub(r"(\d\.\d+)E([+-]\d+)", lambda m: f"{float(m[0]):.3f}", losses)
+                print(f"\r  {label} {step}/{steps}: {losses}".ljust(130), end="", flush=True)
+    print()
+    if run.returncode:
+        print("".join(log.read_text().splitlines(keepends=True)[-25:]), file=sys.stderr)
+        sys.exit(f"{label} failed; its whole output is in {log}")
+
+
+def evaluate(size: Size, output: Path, data: str) -> None:
+    """Losses on held-out text, the DMC model's through truly compressed caches; one table, report.json and report.png."""
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    from megatron_dmc.cpu import emulate_cuda
+
+    emulate_cuda()
+    from megatron_dmc.checkpoint import load
+    from megatron_dmc.commands.report import draw, measure, table
+    from megatron_dmc.evaluation import loss_uncompressed, read_windows
+
+    losses = {}
+    for name in ("base", "control"):
+        loaded = load(output / name, need_dmc=False)
+        windows = read_windows(loaded, size.seq_length, data=f"{data}-valid", limit=size.held_out_tokens)
+        losses[name] = loss_uncompressed(loaded, windows)
+    loaded = load(output / "finetune")
+    report, compressed = measure(loaded, windows)
+    cost = report["loss_compressed"] / losses["control"] - 1
+    print(f"\n{table(report)}\n")
+    print(f"{'held-out loss, nats per byte':44}{'loss':>8}{'ratio':>8}{'against control':>18}")
+    print(f"{'base':44}{losses['base']:8.4f}{1:8.2f}")
+    print(f"{'control: trained on without compression':44}{losses['control']:8.4f}{1:8.2f}")
+    label = "DMC: hard decisions, truly merged caches"
+    print(f"{label:44}{compressed.loss:8.4f}{compressed.ratio:8.2f}{cost:>+17.1%}\n")
+    summary = dict(
+        base_loss=losses["base"],
+        control_loss=losses["control"],
+        dmc_loss=compressed.loss,
+        compression_ratio=compressed.ratio,
+        target_ratio=RATIO,
+        steps=dict(base=size.base, zero_out=size.zero_out, retrofit=size.retrofit, finetune=size.finetune),
+    )
+    (output / "report.json").write_text(json.dumps({**summary, **report}, indent=2) + "\n")
+    draw(report, compressed, output / "report.png")
+
+
+if __name__ == "__main__":
+    os.chdir(Path(__file__).resolve().parent.parent)
+    main()
