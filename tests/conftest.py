@@ -6,6 +6,14 @@ import secrets
 import pytest
 import torch
 
+HAVE_GPU = torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not HAVE_GPU:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
 
 @pytest.fixture
 def fresh_seed():
@@ -13,3 +21,14 @@ def fresh_seed():
     print(f"DMC_TEST_SEED={seed}")
     torch.manual_seed(seed)
     return seed
+
+
+@pytest.fixture(scope="session")
+def megatron():
+    """One process of Megatron: on the GPU, or emulated on the CPU."""
+    from megatron_dmc.checkpoint import _start_one_process
+    from megatron_dmc.cpu import emulate_cuda
+
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    emulate_cuda()
+    _start_one_process()

@@ -1,0 +1,102 @@
+"""Megatron runs as a user makes them: a command in processes of its own, and what its log says."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MODEL = """
+    --num-layers 4 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2
+    --seq-length 24 --max-position-embeddings 24 --position-embedding-type rope --swiglu --normalization RMSNorm
+    --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
+    --mock-data --tokenizer-type NullTokenizer --vocab-size 63 --make-vocab-size-divisible-by 4 --num-workers 0
+    --micro-batch-size 2 --global-batch-size 8 --lr 1e-2 --lr-decay-style constant --clip-grad 0 --weight-decay 0
+    --init-method-std 0.3 --log-interval 1 --eval-interval 1000 --eval-iters 0 --ckpt-format torch_dist
+    --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    """.split()
+# Decisions that hang around their threshold, so that a step merges and appends: 5 and 0.1 would do neither here.
+UNDECIDED = "--dmc-init-val 0.1 --dmc-temp 0.5".split()
+
+ITERATION = re.compile(r" iteration +(\d+)/ *\d+ \|(.*)")
+VALUE = re.compile(r"([a-z ]+): ([-+0-9.E]+|nan|inf) \|")
+
+
+@dataclass
+class Run:
+    """A finished run: exit code, output, and per iteration the values that its log line shows."""
+
+    code: int
+    output: str
+    steps: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for found in ITERATION.finditer(self.output):
+            self.steps[int(found[1])] = {name.strip(): float(value) for name, value in VALUE.findall(found[2])}
+
+    def values(self, name):
+        return [step[name] for _, step in sorted(self.steps.items())]
+
+
+def environment(**changes):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
+    return kept | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | changes
+
+
+def python(*arguments, input=None, **variables) -> Run:
+    """Run `python ARGUMENTS` with environment variables changed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment(**variables), cwd=ROOT, text=True, timeout=600,
+        input=input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return Run(done.returncode, done.stdout)
+
+
+def dmc(*arguments, **options) -> Run:
+    """Run `python -m megatron_dmc ARGUMENTS`."""
+    return python("-m", "megatron_dmc", *arguments, **options)
+
+
+def launcher(processes):
+    if processes == 1:
+        return []
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port]
+
+
+def train(*flags, processes=1) -> Run:
+    """Train the small model with these flags more; fails the test unless the run succeeds."""
+    run = python(*launcher(processes), "-m", "megatron_dmc", "train", *MODEL, *flags)
+    assert run.code == 0, run.output[-6000:]
+    return run
+
+
+def train_until_killed(*flags, after: str) -> None:
+    """Train, and `kill -9` the process when it has printed `after`."""
+    command = [sys.executable, "-m", "megatron_dmc", "train", *MODEL, *map(str, flags)]
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+        seen = []
+        for line in run.stdout:
+            seen.append(line)
+            if after in line:
+                run.send_signal(signal.SIGKILL)
+                break
+        else:
+            raise AssertionError("".join(seen)[-6000:])
+
+
+def weights(checkpoint) -> dict:
+    """All tensors of the latest checkpoint under a folder, whatever layout wrote it."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_dmc.checkpoint import find_checkpoint
+
+    tensors = dist_checkpointing.load_plain_tensors(str(find_checkpoint(checkpoint)))
+    return {name: t for name, t in tensors.items() if name.startswith(("decoder", "embedding", "output_layer"))}

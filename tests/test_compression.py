@@ -1,0 +1,97 @@
+"""The schedule and the gradient of the compression loss, in one process; `test_training.py` has it in Megatron's loop."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_dmc.compression import Compression
+from megatron_dmc.config import DMCConfig
+
+
+def stage(name, **changes):
+    return DMCConfig(dmc_stage=name, **changes)
+
+
+def test_schedule_of_the_stages():
+    retrofit = Compression(stage("retrofit", dmc_cr=4.0), 2, 2)
+    for n, ratio in ((0, 1.0), (50, 2.5), (100, 4.0), (130, 4.0)):
+        retrofit.begin_step(n, 100)
+        assert math.isclose(retrofit.target, ratio) and math.isclose(retrofit.merge_target, 1 - 1 / ratio)
+    finetune = Compression(stage("finetune", dmc_cr=8.0), 2, 2)
+    finetune.begin_step(0, 100)
+    assert finetune.target == 8.0
+    zero_out = Compression(stage("zero-out"), 2, 2)
+    for n, factor in ((0, 1.0), (40, 0.5), (80, 0.0), (99, 0.0)):
+        zero_out.begin_step(n, 100)
+        assert math.isclose(zero_out.last_channel, factor, abs_tol=1e-12)
+    assert zero_out.end_step() is None
+
+
+def loss_by_definition(alphas, target):
+    """`max(0, p - m̄)` with hard decisions, straight-through, over a list of decision tensors."""
+    decisions = torch.cat([((a > 0.5).to(a.dtype) - a.detach() + a).flatten() for a in alphas])
+    return (target - decisions.mean()).clamp(min=0)
+
+
+def step(compression, alphas, micro_batches=1, per_token_tokens=None, loss_scale=1.0):
+    """One training step over decisions `alphas[layer]` `[s, b, g]`; the gradients of each, as the optimizer sees them.
+
+    Does what Megatron does around it: the scale of a micro-batch, and the division by all tokens at the end.
+    """
+    scale = torch.tensor([loss_scale if compression.per_token else loss_scale / micro_batches])
+    compression.set_loss_scale(scale)
+    leaves = [a.clone().requires_grad_() for a in alphas]
+    for chunk in zip(*(leaf.chunk(micro_batches, dim=1) for leaf in leaves), strict=True):
+        outputs = [compression.attach(torch.zeros(3, requires_grad=True) * 1.0, a, i) for i, a in enumerate(chunk)]
+        sum(o.sum() for o in outputs).backward()
+    grads = [leaf.grad / loss_scale for leaf in leaves]
+    return [g / per_token_tokens for g in grads] if compression.per_token else grads
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_gradient_is_that_of_the_loss(fresh_seed, micro_batches, per_token, loss_scale):
+    s, b, g, layers = 7, 4, 2, 3
+    compression = Compression(stage("finetune", dmc_cr=4.0), layers, g, per_token)
+    alphas = [torch.rand(s, b, g, dtype=torch.float64) * 0.9 for _ in range(layers)]  # fewer than 3/4 above 1/2
+    compression.begin_step(0, 1)
+    got = step(compression, alphas, micro_batches, per_token_tokens=s * b, loss_scale=loss_scale)
+    leaves = [a.clone().requires_grad_() for a in alphas]
+    loss = loss_by_definition(leaves, 0.75)
+    want = torch.autograd.grad(loss, leaves)
+    for a, w in zip(got, want, strict=True):
+        torch.testing.assert_close(a, w, rtol=1e-6, atol=0)
+    report = compression.end_step()
+    torch.testing.assert_close(report.loss, loss.detach())
+    merged = torch.stack(alphas) > 0.5
+    torch.testing.assert_close(report.ratio, 1 / (1 - merged.double().mean()))
+    torch.testing.assert_close(report.layer_ratios, 1 / (1 - merged.double().mean((1, 2, 3))))
+
+
+def test_the_loss_is_one_sided_and_follows_the_step_before():
+    compression = Compression(stage("finetune", dmc_cr=2.0), 1, 1)
+    enough, too_little = torch.full((8, 1, 1), 0.9), torch.full((8, 1, 1), 0.1)
+    compression.begin_step(0, 4)
+    assert step(compression, [enough])[0].unique().tolist() == [-1 / 8]  # nothing is known yet: ask for compression
+    assert compression.end_step().loss == 0
+    assert step(compression, [too_little])[0].unique().tolist() == [0]  # the step before compressed enough
+    assert compression.end_step().loss == pytest.approx(0.5)
+    assert step(compression, [too_little])[0].unique().tolist() == [-1 / 8]
+
+
+def test_no_compression_is_asked_for_at_the_start_of_retrofit():
+    compression = Compression(stage("retrofit"), 1, 1)
+    compression.begin_step(0, 100)
+    assert step(compression, [torch.full((8, 1, 1), 0.1)])[0].unique().tolist() == [0]
+
+
+def test_attach_leaves_the_output_and_its_gradient():
+    compression = Compression(stage("finetune"), 1, 1)
+    compression.begin_step(0, 1)
+    output = torch.randn(5, 2, requires_grad=True)
+    attached = compression.attach(output, torch.rand(5, 2, 1, requires_grad=True), 0)
+    assert torch.equal(attached, output)
+    weights = torch.randn(5, 2)
+    assert torch.equal(torch.autograd.grad((attached * weights).sum(), output)[0], weights)

@@ -1,0 +1,395 @@
+"""The Megatron layer against the reference operations, in every form that Megatron builds it; and what it refuses."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_dmc.compression import Compression
+from megatron_dmc.config import DMCConfig, DMCError
+from megatron_dmc.ops.reference import dmc_attention, rotate, zero_out_attention
+
+pytestmark = pytest.mark.usefixtures("megatron")
+SEQ, BATCH = 21, 2
+
+
+def config(**changes):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    settings = dict(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=48,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        transformer_impl="local",
+        use_cpu_initialization=True,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        init_method_std=0.4,
+        params_dtype=torch.float32,
+    )
+    return TransformerConfig(**{**settings, **changes})
+
+
+def gpt(cfg, dmc=None, **changes):
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_dmc.spec import dmc_layer_spec
+
+    dmc = dmc or DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1)
+    settings = dict(vocab_size=64, max_sequence_length=64, position_embedding_type="rope", rotary_base=100)
+    model = GPTModel(cfg, dmc_layer_spec(cfg, dmc=dmc), **{**settings, **changes})
+    # Biases, gains and the like start at constants that would hide a mistake.
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, 0.5, 0.5)
+    return model.to("cuda")
+
+
+def captured(model, layer=0):
+    """Run the model; return what went into attention layer `layer`, its output and the angles it was given."""
+    attention = model.decoder.layers[layer].self_attention
+    seen = {}
+
+    def keep(module, args, kwargs, output):
+        seen.update(hidden=args[0] if args else kwargs["hidden_states"], rotary=kwargs.get("rotary_pos_emb"), output=output[0])
+
+    handle = attention.register_forward_hook(keep, with_kwargs=True)
+    tokens = torch.randint(0, 64, (BATCH, SEQ), device="cuda")
+    model(tokens, torch.arange(SEQ, device="cuda").expand(BATCH, -1), None)
+    handle.remove()
+    return attention, seen
+
+
+def by_hand(attention, hidden, angles, dmc, magnitude=1.0, temperature=None):
+    """The layer's output from its weights, without Megatron's code: projection, norms, DMC, output projection."""
+    cfg = attention.config
+    d, g = cfg.kv_channels, cfg.num_query_groups
+    r = cfg.num_attention_heads // g
+    qkv = hidden @ attention.linear_qkv.weight.T
+    if attention.linear_qkv.bias is not None:
+        qkv = qkv + attention.linear_qkv.bias
+    parts = qkv.unflatten(-1, (g, -1, d))  # per KV head: queries, [gates,] key, value
+    query, key, value = parts[..., :r, :].flatten(2, 3), parts[..., -2, :], parts[..., -1, :]
+    norm = lambda x, m: x if m is None else m(x)  # noqa: E731
+    query, key = norm(query, attention.q_layernorm), norm(key, attention.k_layernorm)
+    rotary = None if angles is None else tuple(f(angles[:, 0, 0]) * magnitude for f in (torch.cos, torch.sin))
+    out, alpha = dmc_attention(
+        query, key, value, rotary,
+        window=dmc.dmc_window_size, offset=dmc.dmc_init_val, temperature=temperature, interleaved=cfg.rotary_interleaved,
+    )  # fmt: skip
+    out = out.flatten(2)
+    if cfg.attention_output_gate:
+        out = out * torch.sigmoid(parts[..., r : 2 * r, :].flatten(2))
+    out = out @ attention.linear_proj.weight.T
+    return out, alpha
+
+
+VARIANTS = {
+    "gqa": {},
+    "mha": dict(num_query_groups=4),
+    "mqa": dict(num_query_groups=1),
+    "qkv bias": dict(add_qkv_bias=True),
+    "qk rms norm": dict(qk_layernorm=True),
+    "qk layer norm": dict(qk_layernorm=True, normalization="LayerNorm"),
+    "qk l2 norm": dict(qk_l2_norm=True),
+    "interleaved": dict(rotary_interleaved=True),
+    "wide heads": dict(kv_channels=12),
+    "output gate": dict(attention_output_gate=True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layer_is_the_reference(fresh_seed, variant):
+    dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_window_size=3, dmc_temp=0.7, dmc_noise=False)
+    model = gpt(config(**VARIANTS[variant]), dmc)
+    for training in (False, True):
+        model.train(training)
+        model.config.dmc_compression.begin_step(1, 2)
+        attention, seen = captured(model, layer=1)
+        want, alpha = by_hand(attention, seen["hidden"], seen["rotary"], dmc, temperature=0.7 if training else None)
+        torch.testing.assert_close(seen["output"], want, rtol=1e-4, atol=1e-4)
+        assert 0.02 < alpha.float().mean() < 0.98
+
+
+POSITIONS = {
+    "rope": dict(position_embedding_type="rope"),
+    "partial rope": dict(position_embedding_type="rope", rotary_percent=0.5),
+    "interpolated": dict(position_embedding_type="rope", seq_len_interpolation_factor=2.0),
+    "llama 3": dict(position_embedding_type="rope", rope_scaling=True),
+    "learned": dict(position_embedding_type="learned_absolute"),
+    "none": dict(position_embedding_type="none"),
+    "yarn": dict(position_embedding_type="yarn"),
+}
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_positions(fresh_seed, positions):
+    dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1)
+    cfg, magnitude = config(), 1.0
+    if positions == "yarn":
+        for name, value in dict(
+            yarn_rotary_scaling_factor=4.0, yarn_original_max_position_embeddings=16, yarn_beta_fast=32.0, yarn_beta_slow=1.0,
+            yarn_mscale=1.0, yarn_mscale_all_dim=0.0, yarn_correction_range_round_to_int=True,
+        ).items():  # fmt: skip
+            setattr(cfg, name, value)
+        magnitude = 0.1 * math.log(4.0) + 1
+    attention, seen = captured(gpt(cfg, dmc, **POSITIONS[positions]).eval())
+    assert (seen["rotary"] is None) == (positions in ("learned", "none"))
+    want, _ = by_hand(attention, seen["hidden"], seen["rotary"], dmc, magnitude)
+    torch.testing.assert_close(seen["output"], want, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_without_rotation(fresh_seed):
+    dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1)
+    model = gpt(config(no_rope_freq=[0, 1]), dmc).eval()
+    for layer, rotates in enumerate((True, False)):
+        attention, seen = captured(model, layer)
+        want, _ = by_hand(attention, seen["hidden"], seen["rotary"] if rotates else None, dmc)
+        torch.testing.assert_close(seen["output"], want, rtol=1e-4, atol=1e-4)
+
+
+def test_mixture_of_experts(fresh_seed):
+    from megatron_dmc.attention import DMCSelfAttention
+
+    cfg = config(num_moe_experts=2, moe_router_topk=1, moe_router_pre_softmax=True, moe_layer_freq=[0, 1], moe_ffn_hidden_size=48)
+    model = gpt(cfg)
+    assert [type(layer.self_attention) for layer in model.decoder.layers] == [DMCSelfAttention] * 2
+    assert [type(layer.mlp).__name__ for layer in model.decoder.layers] == ["MLP", "MoELayer"]
+    captured(model.eval())
+
+
+def test_the_spec_leaves_megatrons_own_alone():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.attention import SelfAttention
+
+    gpt(config())
+    assert get_gpt_layer_local_spec().submodules.self_attention.module is SelfAttention
+
+
+def test_local_attention_backend_does_not_replace_dmc(fresh_seed):
+    """`--attention-backend local` sets the spec's core attention to Megatron's own after the spec is made."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    from megatron_dmc.attention import DMCCoreAttention
+    from megatron_dmc.spec import dmc_layer_spec
+
+    cfg = config()
+    spec = dmc_layer_spec(cfg, dmc=DMCConfig(dmc_stage="retrofit"))
+    spec.submodules.self_attention.submodules.core_attention = DotProductAttention
+    from megatron.core.models.gpt import GPTModel
+
+    model = GPTModel(cfg, spec, 64, 64)
+    assert isinstance(model.decoder.layers[0].self_attention.core_attention, DMCCoreAttention)
+
+
+@pytest.mark.parametrize("recompute", [{}, dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
+                                       dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)])  # fmt: skip
+def test_recomputation_repeats_the_noise_and_counts_once(fresh_seed, recompute):
+    dmc = DMCConfig(dmc_stage="finetune", dmc_init_val=0.1, dmc_temp=0.5)
+    torch.manual_seed(3)
+    model = gpt(config(**recompute), dmc).train()
+    compression = model.config.dmc_compression
+    compression.begin_step(0, 10)
+    torch.manual_seed(4)
+    tokens = torch.randint(0, 64, (BATCH, SEQ), device="cuda")
+    torch.cuda.manual_seed(5)
+    model(tokens, torch.arange(SEQ, device="cuda").expand(BATCH, -1), None).square().mean().backward()
+    assert compression._counts[1].tolist() == [SEQ * BATCH * 2] * 2
+    result = [p.grad.clone() for p in model.parameters()], compression._counts[0].tolist()
+    reference = test_recomputation_repeats_the_noise_and_counts_once.__dict__.setdefault("first", {})
+    if not recompute:
+        reference["result"] = result
+    assert result[1] == reference["result"][1]
+    for a, b in zip(result[0], reference["result"][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_is_logistic_and_the_same_for_a_head_in_every_layout(fresh_seed):
+    """Two ranks of a tensor-parallel pair draw, from the same state, the two halves of what one process draws."""
+    from megatron_dmc.attention import DMCCoreAttention
+
+    class Group:
+        def __init__(self, rank, size):
+            self._rank, self._size = rank, size
+
+        def rank(self):
+            return self._rank
+
+        def size(self):
+            return self._size
+
+    def draw(rank, size):
+        collection = type("Groups", (), {"tp": Group(rank, size)})
+        core = DMCCoreAttention(config(), 1, compression=None, pg_collection=collection)
+        torch.cuda.manual_seed(11)
+        return core._noise(torch.zeros(500, 4, 4 // size, 8, device="cuda"))
+
+    whole = draw(0, 1)
+    assert torch.equal(torch.cat([draw(0, 2), draw(1, 2)], -1), whole)
+    assert whole.isfinite().all()
+    assert abs(whole.mean()) < 0.15 and abs(whole.var() / (math.pi**2 / 3) - 1) < 0.15
+
+
+def generate(model, tokens, cuts):
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    context = StaticInferenceContext(tokens.shape[0], tokens.shape[1])
+    logits = []
+    for start, stop in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
+        positions = torch.arange(start, stop, device="cuda").expand(len(tokens), -1)
+        logits.append(model(tokens[:, start:stop], positions, None, inference_context=context))
+        context.sequence_len_offset = stop
+    return torch.cat(logits, 1), context
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned", "yarn", "none"])
+@pytest.mark.parametrize("cuts", [list(range(1, SEQ)), [7, 8, 15]])
+def test_generation_is_evaluation(fresh_seed, cuts, positions):
+    cfg = config()
+    if positions == "yarn":
+        cfg.yarn_rotary_scaling_factor, cfg.yarn_original_max_position_embeddings = 4.0, 16
+        cfg.yarn_beta_fast, cfg.yarn_beta_slow, cfg.yarn_mscale, cfg.yarn_mscale_all_dim = 32.0, 1.0, 1.0, 0.0
+        cfg.yarn_correction_range_round_to_int = True
+    model = gpt(cfg, **POSITIONS[positions]).eval()
+    tokens = torch.randint(0, 64, (BATCH, SEQ), device="cuda")
+    with torch.no_grad():
+        want = model(tokens, torch.arange(SEQ, device="cuda").expand(BATCH, -1), None)
+        got, context = generate(model, tokens, cuts)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert all(c.tokens == SEQ and 0 < c.lengths.sum() < SEQ * c.lengths.numel() for c in context.key_value_memory_dict.values())
+
+
+def test_a_compressed_cache_cannot_be_rewound(fresh_seed):
+    model = gpt(config()).eval()
+    tokens = torch.randint(0, 64, (1, 6), device="cuda")
+    with torch.no_grad():
+        _, context = generate(model, tokens, [])
+        context.sequence_len_offset = 3
+        with pytest.raises(DMCError, match="cannot be rewound"):
+            model(tokens[:, 3:4], torch.tensor([[3]], device="cuda"), None, inference_context=context)
+
+
+@pytest.mark.parametrize("last_channel", [1.0, 0.4, 0.0])
+def test_zero_out_stage(fresh_seed, last_channel):
+    model = gpt(config(), DMCConfig(dmc_stage="zero-out")).eval()
+    model.config.dmc_compression.last_channel = last_channel
+    attention, seen = captured(model)
+    parts = (seen["hidden"] @ attention.linear_qkv.weight.T).unflatten(-1, (2, 4, 8))
+    query, key, value = parts[..., :2, :].flatten(2, 3), parts[..., 2, :], parts[..., 3, :]
+    rotary = seen["rotary"][:, 0, 0].cos(), seen["rotary"][:, 0, 0].sin()
+    want = zero_out_attention(query, key, value, rotary, last_channel=last_channel)
+    torch.testing.assert_close(seen["output"], want.flatten(2) @ attention.linear_proj.weight.T, rtol=1e-4, atol=1e-4)
+    if last_channel == 1.0:  # the original attention
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (rotate(query, rotary), rotate(key, rotary), value))
+        plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.testing.assert_close(want, plain.permute(2, 0, 1, 3), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mha", "qkv bias", "qk rms norm", "qk layer norm", "qk l2 norm", "output gate"])
+def test_zeroed_importance(fresh_seed, variant):
+    """After `zero_importance` the last query channel is 0 for any input, and nothing else has changed."""
+    model = gpt(config(**VARIANTS[variant]), DMCConfig(dmc_stage="zero-out"))
+    attention = model.decoder.layers[0].self_attention
+    hidden = torch.randn(5, 3, 32, device="cuda")
+    before = attention.get_query_key_value_tensors(hidden, output_gate=attention.config.attention_output_gate)
+    assert not attention.importance_is_zeroed() and attention.zero_importance() and attention.importance_is_zeroed()
+    after = attention.get_query_key_value_tensors(hidden, output_gate=attention.config.attention_output_gate)
+    assert before[0][..., -1].abs().min() > 0
+    assert not after[0][..., -1].any()
+    if "norm" not in variant:
+        assert torch.equal(before[0][..., :-1], after[0][..., :-1])
+    for b, a in zip(before[1:], after[1:], strict=True):
+        assert torch.equal(b, a)
+    assert not attention.zero_importance()  # nothing left to change
+
+
+REFUSED = {
+    "window_size": dict(window_size=(4, 0)),
+    "softmax_type": dict(softmax_type="learnable"),
+    "attention_dropout": dict(attention_dropout=0.1),
+    "context_parallel_size": dict(context_parallel_size=2),
+    "tensor_model_parallel_size": dict(tensor_model_parallel_size=4),
+    "fused_single_qkv_rope": dict(fused_single_qkv_rope=True),
+    "flash_decode": dict(flash_decode=True),
+    "qk_clip": dict(qk_clip=True),
+    "experimental_attention_variant": dict(experimental_attention_variant="dsa"),
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_refusals_name_the_setting(setting):
+    from megatron_dmc.spec import dmc_layer_spec
+
+    cfg = config()
+    for name, value in REFUSED[setting].items():  # past Megatron's own checks, which forbid some in company
+        setattr(cfg, name, value)
+    with pytest.raises(DMCError, match=setting):
+        dmc_layer_spec(cfg, dmc=DMCConfig(dmc_stage="retrofit"))
+
+
+def test_multi_latent_attention_is_refused():
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_dmc.spec import dmc_layer_spec
+
+    cfg = MLATransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, attention_dropout=0.0)
+    with pytest.raises(DMCError, match="multi_latent_attention"):
+        dmc_layer_spec(cfg, dmc=DMCConfig(dmc_stage="retrofit"))
+
+
+@pytest.mark.parametrize("argument", ["attention_bias", "packed_seq_params", "key_value_states"])
+def test_arguments_without_meaning_are_refused(argument):
+    attention = gpt(config()).decoder.layers[0].self_attention
+    with pytest.raises(DMCError, match=argument):
+        attention(torch.zeros(3, 1, 32, device="cuda"), None, **{argument: torch.zeros(1)})
+
+
+def test_dynamic_inference_is_refused():
+    class Dynamic:
+        def is_static_batching(self):
+            return False
+
+    attention = gpt(config()).decoder.layers[0].self_attention
+    with pytest.raises(DMCError, match="static inference context"):
+        attention(torch.zeros(3, 1, 32, device="cuda"), None, inference_context=Dynamic())
+
+
+def test_all_chunks_of_a_model_share_one_compression():
+    cfg = config()
+    first = gpt(cfg).config.dmc_compression
+    second = gpt(cfg).decoder.layers[0].self_attention.core_attention.compression
+    assert isinstance(first, Compression) and first is second
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_transformer_engine_layer(fresh_seed, dtype):
+    """The Transformer Engine spec builds DMC layers whose training step and generation agree with the reference."""
+    pytest.importorskip("transformer_engine")
+    dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_temp=0.7, dmc_noise=False)
+    precision = dict(bf16=True) if dtype is torch.bfloat16 else dict(fp16=True)
+    cfg = config(transformer_impl="transformer_engine", params_dtype=dtype, hidden_size=64, qk_layernorm=True, **precision)
+    cfg.bias_activation_fusion = True
+    model = gpt(cfg, dmc).to(dtype)
+    from megatron_dmc.attention import DMCSelfAttention
+
+    assert isinstance(model.decoder.layers[0].self_attention, DMCSelfAttention)
+    model.config.dmc_compression.begin_step(1, 2)
+    tokens = torch.randint(0, 64, (BATCH, SEQ), device="cuda")
+    positions = torch.arange(SEQ, device="cuda").expand(BATCH, -1)
+    model.train()(tokens, positions, None).float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        want = model(tokens, positions, None).float()
+        got, _ = generate(model, tokens, list(range(1, SEQ)))
+    # Entries are stored in `dtype`, and a decision near its threshold may fall the other way: compare typical errors.
+    assert (got.float() - want).abs().median() < 0.05 * want.abs().mean()

@@ -1,0 +1,230 @@
+"""DMC in Megatron's own training loop: layouts, stages, resumption, the stock-script route, and what the log shows."""
+
+import math
+import os
+
+import pytest
+import torch
+from runs import MODEL, UNDECIDED, dmc, launcher, python, train, train_until_killed, weights
+
+pytestmark = pytest.mark.usefixtures("megatron")
+STEPS = 3
+# One step of plain gradient descent moves every weight by its gradient, so equal weights mean equal gradients. Ranks add
+# float32 numbers in another order (tensor-parallel sums, micro-batches, pipeline stages): 24 bits, a few steps deep.
+TOLERANCE = dict(rtol=2e-4, atol=2e-6)
+DESCENT = [*"--optimizer sgd --sgd-momentum 0 --train-iters".split(), STEPS]
+STAGE = [*"--dmc-stage finetune --dmc-cr 4 --dmc-no-noise --finetune".split(), *UNDECIDED]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model to start every run from: layouts draw their random weights differently."""
+    folder = tmp_path_factory.mktemp("base")
+    train("--train-iters", 1, "--save", folder, "--save-interval", 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    run = train(*DESCENT, *STAGE, "--load", base, "--save", folder, "--save-interval", STEPS)
+    return run, weights(folder)
+
+
+def assert_same_training(run, saved, alone):
+    expected, expected_weights = alone
+    for name in ("lm loss", "compression ratio", "target compression ratio", "compression loss"):
+        assert run.values(name) == pytest.approx(expected.values(name), rel=2e-5), name
+    assert saved.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(saved[name], weight, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
+
+
+LAYOUTS = {
+    "TP2": (2, "--tensor-model-parallel-size 2"),
+    "PP2": (2, "--pipeline-model-parallel-size 2"),
+    "interleaved PP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "TP2 PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "DP2": (2, ""),
+    "one micro-batch": (1, "--micro-batch-size 8"),
+    "per-token loss": (1, "--calculate-per-token-loss"),
+    "per-token loss DP2": (2, "--calculate-per-token-loss --micro-batch-size 4"),
+    "full recomputation": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "empty stages": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Etttt|L"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_train_alike(base, alone, tmp_path, layout):
+    processes, flags = LAYOUTS[layout]
+    run = train(
+        *DESCENT, *STAGE, "--load", base, "--save", tmp_path, "--save-interval", STEPS, *flags.split(), processes=processes
+    )
+    assert_same_training(run, weights(tmp_path), alone)
+
+
+def test_the_compared_runs_compress(base, alone, tmp_path):
+    """The comparison sees the compression gradient: without it the weights are others."""
+    run, saved = alone
+    assert all(1.2 < ratio < 3.9 for ratio in run.values("compression ratio"))
+    assert all(loss > 0.02 for loss in run.values("compression loss"))
+    flags = [flag if flag != 4 else 1 for flag in STAGE]
+    flags[flags.index("--dmc-cr") + 1] = 1
+    train(*DESCENT, *flags, "--load", base, "--save", tmp_path, "--save-interval", STEPS)
+    name = "decoder.layers.self_attention.linear_qkv.weight"
+    other = weights(tmp_path)
+    name = next(n for n in other if n.endswith("linear_qkv.weight"))
+    assert not torch.allclose(other[name], saved[name], **TOLERANCE)
+
+
+def test_distributed_optimizer(base, tmp_path):
+    """Data parallel with the sharded Adam and overlapped communication: losses follow the single process."""
+    flags = [*STAGE, "--load", base, "--train-iters", 4, "--lr", "1e-3"]
+    single = train(*flags)
+    sharded = train(
+        *flags, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", processes=2
+    )
+    for name in ("lm loss", "compression ratio"):
+        # Adam divides by the gradient's size, which turns rounding of tiny gradients into steps.
+        assert sharded.values(name) == pytest.approx(single.values(name), rel=1e-3)
+
+
+def test_stages_follow_one_another(base, tmp_path):
+    """Zero-out leaves zeroed query rows; retrofit follows the schedule; finetune holds the target."""
+    short = ["--train-iters", 4, "--save-interval", 4]
+    run = train(*short, "--dmc-stage", "zero-out", "--load", base, "--finetune", "--save", tmp_path / "zero")
+    assert run.steps[4]["last channel"] == pytest.approx(1 - 3 / 4 / 0.8, abs=1e-6)
+    rows = [g * 32 + h * 8 + 7 for g in range(2) for h in range(2)]  # 2 KV heads of (2 queries, key, value) of 8
+    for when, zero in ((base, False), (tmp_path / "zero", True)):
+        qkv = {n: w for n, w in weights(when).items() if n.endswith("linear_qkv.weight")}
+        assert qkv
+        for weight in qkv.values():
+            weight = weight.flatten(0, -3) if weight.dim() > 2 else weight[None]
+            assert bool((weight[:, rows] == 0).all()) == zero
+            assert bool((weight == 0).any()) == zero
+
+    run = train(
+        *short, *"--dmc-stage retrofit --dmc-cr 4".split(), *UNDECIDED, "--load", tmp_path / "zero", "--finetune",
+        "--save", tmp_path / "retrofit", "--tensorboard-dir", tmp_path / "tensorboard", "--tensorboard-log-interval", 1,
+    )  # fmt: skip
+    assert "run the stage zero-out first" not in run.output
+    # Megatron's log averages since the last line, and its first line's values count again in the second.
+    assert run.steps[1]["target compression ratio"] == 1 and run.steps[4]["target compression ratio"] == 3.25
+    ratio, target = run.steps[4]["compression ratio"], run.steps[4]["target compression ratio"]
+    assert run.steps[4]["compression loss"] == pytest.approx(max(0, 1 / ratio - 1 / target), abs=1e-5)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("compression loss", "compression ratio", "target compression ratio"):
+        assert [e.step for e in events.Scalars(name)] == [1, 2, 3, 4]
+    layers = [events.Scalars(f"compression ratio by layer/{i:03d}")[-1].value for i in range(1, 5)]
+    assert 1 / (sum(1 / r for r in layers) / 4) == pytest.approx(ratio, rel=1e-5)  # heads and tokens are equal in number
+
+    run = train(
+        *short, *"--dmc-stage finetune --dmc-cr 4".split(), *UNDECIDED, "--load", tmp_path / "retrofit", "--finetune"
+    )
+    assert set(run.values("target compression ratio")) == {4.0}
+
+
+def test_retrofit_warns_of_a_model_that_skipped_zero_out(base):
+    command = ["-m", "megatron_dmc", "train", *MODEL, "--train-iters", 1, "--dmc-stage", "retrofit", "--load", base]
+    run = python("-W", "default", *command, "--finetune", PYTHONWARNINGS="default")
+    assert run.code == 0 and "run the stage zero-out first" in run.output
+
+
+def test_killed_and_resumed_is_never_stopped(base, tmp_path):
+    """With noise, across `kill -9`: every later step's values, and the weights, bit for bit."""
+    flags = ["--dmc-stage", "retrofit", "--dmc-cr", 4, *UNDECIDED, "--train-iters", 6, "--save-interval", 3, "--lr", "1e-2"]
+    whole = train(*flags, "--load", base, "--finetune", "--save", tmp_path / "whole")
+    train_until_killed(
+        *flags, "--load", base, "--finetune", "--save", tmp_path / "cut", after="successfully saved checkpoint from iteration       3"
+    )
+    rest = train(*flags, "--load", tmp_path / "cut", "--save", tmp_path / "cut")
+    assert sorted(rest.steps) == [4, 5, 6]
+    for step in (5, 6):  # the log line of a run's first step is averaged differently
+        for name in ("lm loss", "compression ratio", "compression loss", "grad norm"):
+            assert rest.steps[step][name] == whole.steps[step][name], (step, name)
+    expected = weights(tmp_path / "whole")
+    for name, weight in weights(tmp_path / "cut").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_resuming_takes_up_the_merge_rate(base, tmp_path):
+    """The first step after resuming feels the loss as the step before left it, not as a new stage does."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_dmc.checkpoint import find_checkpoint
+
+    run = train(*DESCENT, *STAGE, "--load", base, "--save", tmp_path, "--save-interval", STEPS)
+    args = dist_checkpointing.load_common_state_dict(str(find_checkpoint(tmp_path)))["args"]
+    assert args.dmc_merge_rate == pytest.approx(1 - 1 / run.steps[STEPS]["compression ratio"], rel=1e-5)
+    assert (args.dmc_stage, args.dmc_cr) == ("finetune", 4.0)
+
+
+def test_stock_script(base, tmp_path):
+    """A script that knows nothing of DMC trains with it by `--spec`, its settings from YAML; the same as our command."""
+    settings = tmp_path / "dmc.yaml"
+    settings.write_text("dmc_stage: finetune\ndmc_cr: 4\ndmc_init_val: 0.1\ndmc_temp: 0.5\ndmc_noise: false\n")
+    script = ["-m", "megatron_dmc.cpu", "tests/stock_pretrain.py"] if not torch.cuda.is_available() else ["tests/stock_pretrain.py"]
+    flags = [*DESCENT, "--finetune", "--load", base, "--spec", "megatron_dmc.spec", "dmc_layer_spec"]
+    run = python(*script, *MODEL, *flags, "--save", tmp_path / "stock", "--save-interval", STEPS, DMC_CONFIG=str(settings))
+    assert run.code == 0, run.output[-6000:]
+    ours = train(*DESCENT, *STAGE, "--load", base, "--split", "90,5,5")
+    for name in ("lm loss", "compression ratio", "compression loss"):
+        assert run.values(name) == pytest.approx(ours.values(name), rel=1e-6), name
+
+    settings.write_text("dmc_stage: finetune\ndmc_ratio: 4\n")
+    run = python(*script, *MODEL, *flags, DMC_CONFIG=str(settings))
+    assert run.code != 0 and "unknown keys: dmc_ratio" in run.output
+    run = python(*script, *MODEL, *flags)
+    assert run.code != 0 and "set DMC_CONFIG to a YAML file" in run.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dmc-stage retrofit --dmc-cr 0.5", "dmc_cr must be a compression ratio of at least 1; got 0.5"),
+        ("--dmc-stage retrofit --load /nowhere --finetune", "no checkpoint in --load /nowhere"),
+        ("--dmc-stage retrofit --attention-dropout 0.1", "attention_dropout = 0.1 (set it to 0"),
+        ("--dmc-stage retrofit --reset-attention-mask", "leave out --reset-attention-mask"),
+        ("--dmc-stage retrofit --spec local local", "leave one of them out"),
+        ("--dmc-stage compress", "one of zero-out, retrofit, finetune"),
+    ],
+)
+def test_mistakes_are_named(flags, message):
+    run = dmc("train", *MODEL, "--train-iters", 1, *flags.split())
+    assert run.code != 0
+    assert message in run.output, run.output[-3000:]
+    assert "Traceback" not in run.output.split("megatron-dmc train:")[-1]
+
+
+def test_a_stage_begins_with_finetune(base):
+    run = dmc("train", *MODEL, "--train-iters", 2, "--dmc-stage", "zero-out", "--load", base)
+    assert run.code != 0 and "add --finetune to begin the stage from its weights" in run.output
+
+
+@pytest.mark.gpu
+def test_transformer_engine_stages(tmp_path):
+    """The three stages with the Transformer Engine spec in bf16."""
+    pytest.importorskip("transformer_engine")
+    flags = [f for f in MODEL if f not in ("--no-persist-layer-norm", "--no-gradient-accumulation-fusion")]
+    flags[flags.index("local")] = "transformer_engine"
+    flags[flags.index("--hidden-size") + 1] = "128"
+    run = dmc("train", *flags, "--bf16", "--train-iters", 2, "--save", tmp_path / "base", "--save-interval", 2)
+    assert run.code == 0, run.output[-6000:]
+    start = "base"
+    for stage in ("zero-out", "retrofit", "finetune"):
+        run = dmc(
+            "train", *flags, "--bf16", *UNDECIDED, "--train-iters", 4, "--dmc-stage", stage, "--load", tmp_path / start, "--finetune",
+            "--save", tmp_path / stage, "--save-interval", 4,
+        )  # fmt: skip
+        assert run.code == 0, run.output[-6000:]
+        assert all(math.isfinite(loss) for loss in run.values("lm loss"))
+        start = stage
+    assert os.path.isdir(tmp_path / "finetune" / "iter_0000004")
+
+
+def test_torchrun_is_what_launches_several(tmp_path):
+    assert launcher(1) == [] and "torch.distributed.run" in launcher(2)
