@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_dmc.config import DMCConfig, DMCError
-from megatron_dmc.cpu import CPU_ARGUMENTS
+from megatron_dmc.cpu import CPU_ARGUMENTS, default_environment
 
 ONE_PROCESS = dict(
     rank=0,
@@ -127,6 +126,7 @@ def _adapt(args: Namespace) -> None:
 def _start_one_process() -> None:
     from megatron.core import parallel_state, tensor_parallel
 
+    default_environment()
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
@@ -170,8 +170,3 @@ def _build(args: Namespace, dmc: DMCConfig) -> Any:
     config.finalize()
     model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     return model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)
-
-
-def prepare_environment() -> None:
-    """Settings that Megatron reads from the environment, for a process that torchrun did not start."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

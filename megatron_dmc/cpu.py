@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 import runpy
+import socket
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -91,7 +92,6 @@ def emulate_cuda() -> None:
     if torch.cuda.is_available():
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's compiled helpers gain nothing here
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print("megatron-dmc: no CUDA device, running on the CPU over gloo", file=sys.stderr, flush=True)
     _emulate_devices()
@@ -148,10 +148,13 @@ def _emulate_devices() -> None:
     construct = loader.__init__
 
     @functools.wraps(construct)
-    def without_pinned_memory(self, *args, **kwargs):
+    def on_cpu(self, *args, **kwargs):
+        # An iterator takes a seed from the CPU's generator. That is the GPU's as well here, whose state a resumed run has
+        # restored by then, so the loader gets its own.
+        kwargs.setdefault("generator", torch.Generator())
         construct(self, *args, **{**kwargs, "pin_memory": False})
 
-    loader.__init__ = without_pinned_memory
+    loader.__init__ = on_cpu
 
 
 def _emulate_process_groups() -> None:
@@ -185,6 +188,18 @@ def _emulate_megatron() -> None:
     arguments.parse_args = parse_args
 
 
+def default_environment() -> None:
+    """What torchrun would set for a single process, where nothing has set it."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            alone["MASTER_PORT"] = str(listener.getsockname()[1])
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+
+
 def main() -> None:
     """`python -m megatron_dmc.cpu SCRIPT ARGS…`"""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
@@ -195,6 +210,7 @@ def main() -> None:
     if not os.path.isfile(script):
         sys.exit(f"megatron-dmc: no such script: {script}")
     emulate_cuda()
+    default_environment()
     sys.argv = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name="__main__")

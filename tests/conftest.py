@@ -7,6 +7,7 @@ import pytest
 import torch
 
 HAVE_GPU = torch.cuda.is_available()
+GPUS = torch.cuda.device_count()
 
 
 def pytest_collection_modifyitems(items):
@@ -29,6 +30,5 @@ def megatron():
     from megatron_dmc.checkpoint import _start_one_process
     from megatron_dmc.cpu import emulate_cuda
 
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     emulate_cuda()
     _start_one_process()

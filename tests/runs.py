@@ -9,6 +9,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+from conftest import GPUS, HAVE_GPU
+
 ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = """
@@ -65,6 +68,8 @@ def dmc(*arguments, **options) -> Run:
 def launcher(processes):
     if processes == 1:
         return []
+    if HAVE_GPU and GPUS < processes:
+        pytest.skip(f"needs {processes} GPUs, there is {GPUS}")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

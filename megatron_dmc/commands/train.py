@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from megatron_dmc.config import DMCConfig, DMCError, add_flags
-from megatron_dmc.cpu import emulate_cuda
+from megatron_dmc.cpu import default_environment, emulate_cuda
 
 EXAMPLES = """\
 Megatron's training loop: every Megatron argument, and the --dmc-… flags (at the end of this page).
@@ -33,9 +33,7 @@ To go on after an interruption, give the same line with --load set to the stage'
 
 def main() -> None:
     emulate_cuda()
-    for name, alone in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
-        os.environ.setdefault(name, alone)  # one process without torchrun
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    default_environment()
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -45,8 +43,6 @@ def main() -> None:
     from megatron_dmc.megatron_hooks import keep_compiled_helpers
 
     keep_compiled_helpers()
-    if os.environ["MASTER_PORT"] == "0":
-        os.environ["MASTER_PORT"] = str(_free_port())
     args = parse_and_validate_args(extra_args_provider=_arguments)
     dmc = DMCConfig.from_args(args)
     _check_checkpoint_exists(args)
@@ -73,14 +69,6 @@ def _arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.description = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return add_flags(parser)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _check_checkpoint_exists(args: argparse.Namespace) -> None:
