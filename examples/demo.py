@@ -9,6 +9,7 @@ runs; a user's own run consists of the same ones. On a machine without a GPU it 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -103,10 +104,10 @@ def train(
         --make-vocab-size-divisible-by 1 --num-workers 0 --no-create-attention-mask-in-dataloader
         --save {output}/{name} --save-interval 100000 --ckpt-format torch_dist
         --log-interval 20 --eval-interval 100000 --eval-iters 1
-        --transformer-impl {"transformer_engine" if has_transformer_engine() else "local --no-persist-layer-norm"}
+        --transformer-impl {"transformer_engine" if has("transformer_engine") else "local --no-persist-layer-norm"}
         """.split()
     command += size.flags
-    if not has_transformer_engine():
+    if not has("fused_weight_gradient_mlp_cuda"):  # Apex
         command.append("--no-gradient-accumulation-fusion")
     if start:
         command += ["--load", f"{output}/{start}", "--finetune"]
@@ -115,12 +116,11 @@ def train(
     dmc(*command, log=output / f"{name}.log", label=name)
 
 
-def has_transformer_engine() -> bool:
-    import importlib.util
-
+def has(module: str) -> bool:
+    """Whether there is a GPU and this module that makes use of it."""
     import torch
 
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return torch.cuda.is_available() and importlib.util.find_spec(module) is not None
 
 
 def dmc(*arguments: str, log: Path | None = None, label: str = "") -> None:

@@ -34,6 +34,7 @@ ONE_PROCESS = dict(
     recompute_method=None,
     recompute_num_layers=None,
     cuda_graph_impl="none",
+    gradient_accumulation_fusion=False,
     spec=None,
 )
 """Arguments of a training run that do not concern the model itself, set for one process."""
@@ -119,8 +120,7 @@ def _adapt(args: Namespace) -> None:
     try:
         import transformer_engine  # noqa: F401
     except ImportError:
-        args.transformer_impl = "local"
-        args.no_persist_layer_norm, args.gradient_accumulation_fusion = True, False
+        args.transformer_impl, args.no_persist_layer_norm = "local", True
 
 
 def _start_one_process() -> None:

@@ -48,7 +48,8 @@ class Run:
 
 def environment(**changes):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
-    return kept | dict(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | changes
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return kept | dict(PYTHONPATH=path, PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | changes
 
 
 def python(*arguments, input=None, **variables) -> Run:

@@ -213,7 +213,7 @@ def test_a_stage_begins_with_finetune(base):
 def test_transformer_engine_stages(tmp_path):
     """The three stages with the Transformer Engine spec in bf16."""
     pytest.importorskip("transformer_engine")
-    flags = [f for f in MODEL if f not in ("--no-persist-layer-norm", "--no-gradient-accumulation-fusion")]
+    flags = [f for f in MODEL if f != "--no-persist-layer-norm"]
     flags[flags.index("local")] = "transformer_engine"
     flags[flags.index("--hidden-size") + 1] = "128"
     run = dmc("train", *flags, "--bf16", "--train-iters", 2, "--save", tmp_path / "base", "--save-interval", 2)

@@ -27,6 +27,7 @@ A file is one document, a JSON line is one document; each ends with the tokenize
 PREFIX-tokenizer, for --tokenizer-type HuggingFaceTokenizer --tokenizer-model PREFIX-tokenizer."""
 
 END_OF_DOCUMENT = "<|endoftext|>"
+BYTES_PER_WORKER = 8 << 20  # below this, starting a process costs more than it saves
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--pattern", default="*", help="which files of a folder to take (default: all)")
     parser.add_argument("--holdout", type=float, default=0.0, help="share of documents to hold out (default: 0)")
     parser.add_argument("--train-tokenizer", type=int, metavar="N", help="train a byte-level BPE tokenizer of N tokens")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenize (default: all cores)")
+    parser.add_argument("--workers", type=int, help="processes that tokenize (default: by the input, at most all cores)")
     args = _add_tokenizer_args(parser).parse_args()
     args.rank = 0
     prepare(args)
@@ -59,7 +60,7 @@ def prepare(args: argparse.Namespace) -> None:
     """
     if not 0 <= args.holdout < 1:
         raise DMCError(f"--holdout must be a share of at least 0 and below 1; got {args.holdout}")
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise DMCError(f"--workers must be at least 1; got {args.workers}")
     if not args.json_key:
         raise DMCError("--json-key must not be empty")
@@ -174,8 +175,9 @@ def _write(files: list[Path], args: argparse.Namespace, tokenizer, splits: dict[
         builders = {split: IndexedDatasetBuilder(f"{args.output}{split}.bin", dtype=dtype) for split in splits}
         progress = stack.enter_context(tqdm(unit="B", unit_scale=True, total=_bytes(files), desc="tokenizing"))
         documents = read_documents(files, args.json_key)
-        if args.workers > 1:
-            pool = stack.enter_context(get_context("spawn").Pool(args.workers, _start_worker, (args,)))
+        workers = args.workers or min(os.cpu_count(), 1 + _bytes(files) // BYTES_PER_WORKER)
+        if workers > 1:
+            pool = stack.enter_context(get_context("spawn").Pool(workers, _start_worker, (args,)))
             encoded = pool.imap(_encode, documents, chunksize=16)
         else:
             _start_worker(args, tokenizer)
