@@ -2,8 +2,9 @@
 
     python examples/demo.py [--output runs/demo]
 
-The text is the source of Python's standard library, read as bytes. Every step is a command that is printed before it
-runs; a user's own run consists of the same ones. On a machine without a GPU it takes ten minutes on two cores.
+The text is the source of Python's standard library, the tokens a byte-level BPE trained on it. Every step is a command
+that is printed before it runs; a user's own run consists of the same ones. On a machine without a GPU it takes ten
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import re
 import shlex
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,22 +39,29 @@ class Size:
     heads: int = 4
     seq_length: int = 256
     batch: int = 8
-    base: int = 640
+    learning_rate: float = 2e-3
+    base: int = 400
     zero_out: int = 40
-    retrofit: int = 360
-    finetune: int = 140
+    retrofit: int = 340
+    finetune: int = 220
     held_out_tokens: int = 150_000
     flags: tuple[str, ...] = ()
 
 
 CPU = Size()
-GPU = replace(CPU, layers=8, hidden=512, heads=8, batch=64, base=800, held_out_tokens=400_000, flags=("--bf16",))
+GPU = replace(
+    CPU, layers=6, hidden=384, heads=6, batch=32, learning_rate=1e-3, base=600, zero_out=60, retrofit=700, finetune=400,
+    flags=("--bf16",),
+)  # fmt: skip
 RATIO = 4.0
+VOCABULARY = 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder that is made anew (default: runs/demo)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder that is made anew (default: runs/demo)"
+    )
     output = parser.parse_args().output
 
     import torch
@@ -62,14 +72,18 @@ def main() -> None:
         shutil.rmtree(output)
     copy_standard_library(output / "text")
     data = f"{output}/data"
-    dmc("prepare-data", "--input", f"{output}/text", "--holdout", "0.06", "--output", data, "--train-tokenizer", "257")
+    dmc(
+        "prepare-data", "--input", f"{output}/text", "--holdout", "0.06", "--output", data,
+        "--train-tokenizer", str(VOCABULARY),
+    )  # fmt: skip
 
-    train(size, output, "base", size.base, lr=2e-3, min_lr=1e-4, warmup=30)
+    high, low = size.learning_rate, size.learning_rate / 20
+    train(size, output, "base", size.base, lr=high, min_lr=low)
     stages = size.zero_out + size.retrofit + size.finetune
-    train(size, output, "control", stages, lr=2e-3, min_lr=1e-4, start="base")
-    train(size, output, "zero-out", size.zero_out, lr=1e-3, min_lr=1e-3, start="base", stage="zero-out")
-    train(size, output, "retrofit", size.retrofit, lr=2e-3, min_lr=1e-3, start="zero-out", stage="retrofit")
-    train(size, output, "finetune", size.finetune, lr=1e-3, min_lr=1e-4, start="retrofit", stage="finetune")
+    train(size, output, "control", stages, lr=high, min_lr=low, start="base")
+    train(size, output, "zero-out", size.zero_out, lr=high / 2, min_lr=high / 2, start="base", stage="zero-out")
+    train(size, output, "retrofit", size.retrofit, lr=high, min_lr=high, start="zero-out", stage="retrofit")
+    train(size, output, "finetune", size.finetune, lr=high, min_lr=low, start="retrofit", stage="finetune")
 
     evaluate(size, output, data)
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
@@ -89,7 +103,7 @@ def copy_standard_library(folder: Path) -> None:
 
 
 def train(
-    size: Size, output: Path, name: str, steps: int, *, lr: float, min_lr: float, warmup: int = 0, start: str = "", stage: str = ""
+    size: Size, output: Path, name: str, steps: int, *, lr: float, min_lr: float, start: str = "", stage: str = ""
 ) -> None:
     """One training run into `output/name`, from the weights in `output/start`, in a stage of DMC or without."""
     command = f"""
@@ -97,12 +111,12 @@ def train(
         --seq-length {size.seq_length} --max-position-embeddings {size.seq_length} --position-embedding-type rope
         --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
         --micro-batch-size {size.batch} --global-batch-size {size.batch} --train-iters {steps}
-        --lr {lr} --min-lr {min_lr} --lr-warmup-iters {warmup} --lr-decay-style cosine
+        --lr {lr} --min-lr {min_lr} --lr-warmup-iters 20 --lr-decay-style cosine
         --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95
         --train-data-path {output}/data-train --valid-data-path {output}/data-valid --test-data-path {output}/data-valid
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model {output}/data-tokenizer
         --make-vocab-size-divisible-by 1 --num-workers 0 --no-create-attention-mask-in-dataloader
-        --save {output}/{name} --save-interval 100000 --ckpt-format torch_dist
+        --save {output}/{name} --save-interval 100000 --ckpt-format torch_dist --no-save-optim
         --log-interval 20 --eval-interval 100000 --eval-iters 1
         --transformer-impl {"transformer_engine" if has("transformer_engine") else "local --no-persist-layer-norm"}
         """.split()
@@ -130,7 +144,10 @@ def dmc(*arguments: str, log: Path | None = None, label: str = "") -> None:
     if log is None:
         subprocess.run(command, check=True)
         return
-    with open(log, "w") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with (
+        open(log, "w") as file,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run,
+    ):
         for line in run.stdout:
             file.write(line)
             if found := PROGRESS.search(line):
@@ -144,10 +161,9 @@ def dmc(*arguments: str, log: Path | None = None, label: str = "") -> None:
 
 
 def evaluate(size: Size, output: Path, data: str) -> None:
-    """Losses on held-out text, the DMC model's through truly compressed caches; one table, report.json and report.png."""
-    import warnings
-
+    """Losses on held-out text, the DMC model's through truly compressed caches: a table, report.json, report.png."""
     warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
     from megatron_dmc.cpu import emulate_cuda
 
     emulate_cuda()
@@ -164,7 +180,7 @@ def evaluate(size: Size, output: Path, data: str) -> None:
     report, compressed = measure(loaded, windows)
     cost = report["loss_compressed"] / losses["control"] - 1
     print(f"\n{table(report)}\n")
-    print(f"{'held-out loss, nats per byte':44}{'loss':>8}{'ratio':>8}{'against control':>18}")
+    print(f"{'held-out loss, nats per token':44}{'loss':>8}{'ratio':>8}{'against control':>18}")
     print(f"{'base':44}{losses['base']:8.4f}{1:8.2f}")
     print(f"{'control: trained on without compression':44}{losses['control']:8.4f}{1:8.2f}")
     label = "DMC: hard decisions, truly merged caches"

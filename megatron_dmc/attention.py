@@ -23,7 +23,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from megatron_dmc.compression import Compression
-from megatron_dmc.config import DMCConfig, DMCError
+from megatron_dmc.config import DMCError
 from megatron_dmc.ops.reference import DMCCache, Rotary, dmc_attention, dmc_attention_cached, zero_out_attention
 
 
@@ -92,13 +92,17 @@ class DMCCoreAttention(MegatronModule):
         call = attention_bias
         if not dmc.merges:
             if call.cache is not None:
-                raise DMCError(f"stage {dmc.dmc_stage} does not compress: there is no cache to generate from before `retrofit`")
+                raise DMCError(
+                    f"stage {dmc.dmc_stage} does not compress: there is no cache to generate from before `retrofit`"
+                )
             output = zero_out_attention(
                 query, key, value, call.rotary, last_channel=self.compression.last_channel, **self.settings
             )
             return output.flatten(2)
 
-        settings = dict(self.settings, window=dmc.dmc_window_size, offset=dmc.dmc_init_val if self.merging else math.inf)
+        settings = dict(
+            self.settings, window=dmc.dmc_window_size, offset=dmc.dmc_init_val if self.merging else math.inf
+        )
         if call.cache is not None:
             output, alpha = dmc_attention_cached(query, key, value, call.rotary, call.cache, **settings)
             if self.observer is not None:
@@ -244,7 +248,9 @@ class DMCSelfAttention(SelfAttention):
 
         Ends the stage `zero-out`. Returns whether anything had to change.
         """
-        parameters = [p for p in (self.linear_qkv.weight, getattr(self.linear_qkv, "bias", None)) if p is not None and p.numel()]
+        parameters = [
+            p for p in (self.linear_qkv.weight, getattr(self.linear_qkv, "bias", None)) if p is not None and p.numel()
+        ]
         rows = self._last_query_rows(parameters[0].device)
         changed = any(bool(p[rows].any()) for p in parameters)
         for p in parameters:

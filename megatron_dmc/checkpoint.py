@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
@@ -130,6 +131,7 @@ def _start_one_process() -> None:
     if not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+        atexit.register(torch.distributed.destroy_process_group)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(0)

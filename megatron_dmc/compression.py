@@ -89,7 +89,9 @@ class Compression:
         """Reduce the counts over all ranks and set the bit for the next step; `None` if no decision was made."""
         if not self.config.merges:
             return None
-        counts = self._counts if self._counts is not None else self._zeros("cuda" if torch.cuda.is_available() else "cpu")
+        counts = (
+            self._counts if self._counts is not None else self._zeros("cuda" if torch.cuda.is_available() else "cpu")
+        )
         if torch.distributed.is_initialized():
             # Counts are whole numbers in float64: the sum is exact, hence the same for every layout and every rank.
             torch.distributed.all_reduce(counts)

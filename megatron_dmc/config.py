@@ -31,7 +31,9 @@ class DMCConfig:
     that Megatron saves with a checkpoint.
     """
 
-    dmc_stage: str | None = _setting(None, f"the stage to train: {', '.join(STAGES)}; left out, the model trains as it is")
+    dmc_stage: str | None = _setting(
+        None, f"the stage to train: {', '.join(STAGES)}; left out, the model trains as it is"
+    )
     dmc_cr: float = _setting(4.0, "target compression ratio: tokens per cache entry, at least 1")
     dmc_init_val: float = _setting(5.0, "offset c that makes an untrained model append every token")
     dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
@@ -111,7 +113,9 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         flag = "--" + f.name.replace("_", "-")
         help = f.metadata["help"].replace("%", "%%")
         if f.type == "bool":
-            group.add_argument(flag.replace("--dmc-", "--dmc-no-"), dest=f.name, action="store_false", help=f"do not {help}")
+            group.add_argument(
+                flag.replace("--dmc-", "--dmc-no-"), dest=f.name, action="store_false", help=f"do not {help}"
+            )
         else:
             kind = {"float": float, "int": int}.get(f.type, str)
             group.add_argument(flag, type=kind, default=f.default, help=f"{help} (default: {f.default})")

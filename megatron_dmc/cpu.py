@@ -104,7 +104,9 @@ def _emulate_devices() -> None:
     def returns(value: Any):
         return lambda *args, **kwargs: value
 
-    properties = SimpleNamespace(major=9, minor=0, total_memory=8 << 30, name="CPU", multi_processor_count=os.cpu_count())
+    properties = SimpleNamespace(
+        major=9, minor=0, total_memory=8 << 30, name="CPU", multi_processor_count=os.cpu_count()
+    )
     replacements = dict(
         is_available=returns(True),
         is_initialized=returns(True),
@@ -149,8 +151,8 @@ def _emulate_devices() -> None:
 
     @functools.wraps(construct)
     def on_cpu(self, *args, **kwargs):
-        # An iterator takes a seed from the CPU's generator. That is the GPU's as well here, whose state a resumed run has
-        # restored by then, so the loader gets its own.
+        # An iterator takes a seed from the CPU's generator. That is the GPU's as well here, whose state a resumed run
+        # has restored by then, so the loader gets its own.
         kwargs.setdefault("generator", torch.Generator())
         construct(self, *args, **{**kwargs, "pin_memory": False})
 
@@ -203,8 +205,8 @@ def default_environment() -> None:
 def main() -> None:
     """`python -m megatron_dmc.cpu SCRIPT ARGS…`"""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
-        print(__doc__.strip())
-        print("\n  python -m megatron_dmc.cpu pretrain_gpt.py --num-layers 4 …\n  torchrun --nproc-per-node 2 -m megatron_dmc.cpu pretrain_gpt.py …")
+        print(__doc__.strip(), "\n\n  python -m megatron_dmc.cpu pretrain_gpt.py --num-layers 4 …")
+        print("  torchrun --nproc-per-node 2 -m megatron_dmc.cpu pretrain_gpt.py …")
         sys.exit(0 if len(sys.argv) > 1 else 2)
     script = sys.argv[1]
     if not os.path.isfile(script):

@@ -48,7 +48,12 @@ class Compressed:
 
 
 def read_windows(
-    loaded: LoadedModel, length: int, *, text: list[Path] | None = None, data: str | None = None, limit: int | None = None
+    loaded: LoadedModel,
+    length: int,
+    *,
+    text: list[Path] | None = None,
+    data: str | None = None,
+    limit: int | None = None,
 ) -> torch.Tensor:
     """Held-out tokens as windows `[n, length + 1]`, each the inputs and, one further, the targets.
 
@@ -142,7 +147,9 @@ def _loss(loaded: LoadedModel, rows: torch.Tensor, start: int, stop: int, contex
     rows = rows.to(loaded.device)
     positions = torch.arange(start, stop, device=loaded.device).expand(len(rows), -1)
     logits = loaded.model(rows[:, start:stop], positions, None, inference_context=context)
-    return float(F.cross_entropy(logits.float().flatten(0, 1), rows[:, start + 1 : stop + 1].flatten(), reduction="sum"))
+    return float(
+        F.cross_entropy(logits.float().flatten(0, 1), rows[:, start + 1 : stop + 1].flatten(), reduction="sum")
+    )
 
 
 def _segment_lengths(alpha: torch.Tensor, size: int) -> np.ndarray:

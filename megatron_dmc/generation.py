@@ -105,7 +105,9 @@ class Generation:
         self.loaded, self.prompt, self.max_new_tokens = loaded, prompt, max_new_tokens
         self.sampling, self.stop_at_end = sampling or Sampling(), stop_at_end
         if self.sampling.top_k >= loaded.tokenizer.vocab_size:
-            raise DMCError(f"top_k must be below the vocabulary's {loaded.tokenizer.vocab_size}; got {self.sampling.top_k}")
+            raise DMCError(
+                f"top_k must be below the vocabulary's {loaded.tokenizer.vocab_size}; got {self.sampling.top_k}"
+            )
         self._context = StaticInferenceContext(1, length)
 
     @torch.no_grad()

@@ -39,7 +39,9 @@ def keep_compiled_helpers() -> None:
     if (Path(utils.__file__).parent / "Makefile").exists():
         return
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-        raise DMCError("this installation of megatron-core has neither compiled dataset helpers nor their Makefile; reinstall it")
+        raise DMCError(
+            "this installation of megatron-core has neither compiled dataset helpers nor their Makefile; reinstall it"
+        )
     utils.compile_helpers = lambda: None
 
 
@@ -77,7 +79,7 @@ def _wrap(module: Any, name: str, wrapper: Callable) -> None:
 
 
 def _compression_of(model: list) -> Compression | None:
-    """The one `Compression` of a model; a script that builds every pipeline chunk from its own config gets them joined."""
+    """The one `Compression` of a model; where every pipeline chunk has a config of its own, theirs are joined."""
     from megatron.core.utils import get_model_config
 
     first = getattr(get_model_config(model[0]), "dmc_compression", None)
@@ -120,12 +122,12 @@ def _begin_training(compression: Compression, model: list, iteration: int) -> No
     from megatron.training.global_vars import get_args
 
     compression.merge_rate = getattr(get_args(), MERGE_RATE, 0.0)
-    if compression.config.dmc_stage == "retrofit" and iteration == 0:
-        if any(not layer.importance_is_zeroed() for layer in dmc_layers(model)):
-            warnings.warn(
-                "retrofitting starts from a model whose last query channel is in use: run the stage zero-out first",
-                stacklevel=2,
-            )
+    begins = compression.config.dmc_stage == "retrofit" and iteration == 0
+    if begins and any(not layer.importance_is_zeroed() for layer in dmc_layers(model)):
+        warnings.warn(
+            "retrofitting starts from a model whose last query channel is in use: run the stage zero-out first",
+            stacklevel=2,
+        )
 
 
 def _end_zero_out(model: list, optimizer: Any) -> None:
@@ -189,6 +191,8 @@ def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
         )
     for name in ("dmc_init_val", "dmc_window_size"):
         if getattr(checkpoint_args, name) != getattr(args, name):
-            raise DMCError(f"the checkpoint was trained with {name} {getattr(checkpoint_args, name)}; got {getattr(args, name)}")
+            raise DMCError(
+                f"the checkpoint was trained with {name} {getattr(checkpoint_args, name)}; got {getattr(args, name)}"
+            )
     setattr(args, MERGE_RATE, getattr(checkpoint_args, MERGE_RATE, 0.0))
     return original(checkpoint_args, *rest, **kwargs)

@@ -1,4 +1,4 @@
-"""The layer spec: `--spec megatron_dmc.spec dmc_layer_spec` in any Megatron script, or a provider's `transformer_layer_spec`."""
+"""The layer spec: `--spec megatron_dmc.spec dmc_layer_spec` in any Megatron script."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def _base_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | 
         kitchen_attention_backend=config.kitchen_attention_backend,
     )
     if with_te:
-        return get_gpt_layer_with_transformer_engine_spec(use_te_activation_func=config.use_te_activation_func, **common)
+        return get_gpt_layer_with_transformer_engine_spec(
+            use_te_activation_func=config.use_te_activation_func, **common
+        )
     return get_gpt_layer_local_spec(normalization=config.normalization, **common)
 
 
@@ -91,7 +93,9 @@ def _with_dmc(spec: Any, compression: Compression) -> Any:
     spec.submodules = copy.copy(spec.submodules)
     attention = spec.submodules.self_attention
     if not (isinstance(attention, ModuleSpec) and attention.module is SelfAttention):
-        raise DMCError(f"DMC replaces SelfAttention; this model's layers have {getattr(attention, 'module', attention)}")
+        raise DMCError(
+            f"DMC replaces SelfAttention; this model's layers have {getattr(attention, 'module', attention)}"
+        )
     spec.submodules.self_attention = ModuleSpec(
         module=DMCSelfAttention,
         params={**attention.params, "compression": compression},

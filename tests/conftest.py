@@ -1,4 +1,4 @@
-"""Shared fixtures. Random inputs are fresh in every run; the seed is printed with a failure, and DMC_TEST_SEED repeats it."""
+"""Shared fixtures. Random inputs are fresh in every run; a failure prints the seed, and DMC_TEST_SEED repeats it."""
 
 import os
 import secrets

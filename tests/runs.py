@@ -24,7 +24,7 @@ MODEL = """
     --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     """.split()
 # Decisions that hang around their threshold, so that a step merges and appends: 5 and 0.1 would do neither here.
-UNDECIDED = "--dmc-init-val 0.1 --dmc-temp 0.5".split()
+UNDECIDED = ["--dmc-init-val", "0.1", "--dmc-temp", "0.5"]
 
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ \|(.*)")
 VALUE = re.compile(r"([a-z ]+): ([-+0-9.E]+|nan|inf) \|")
@@ -47,7 +47,9 @@ class Run:
 
 
 def environment(**changes):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))}
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
+    }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return kept | dict(PYTHONPATH=path, PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | changes
 
@@ -69,7 +71,7 @@ def dmc(*arguments, **options) -> Run:
 def launcher(processes):
     if processes == 1:
         return []
-    if HAVE_GPU and GPUS < processes:
+    if HAVE_GPU and processes > GPUS:
         pytest.skip(f"needs {processes} GPUs, there is {GPUS}")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -87,7 +89,9 @@ def train(*flags, processes=1) -> Run:
 def train_until_killed(*flags, after: str) -> None:
     """Train, and `kill -9` the process when it has printed `after`."""
     command = [sys.executable, "-m", "megatron_dmc", "train", *MODEL, *map(str, flags)]
-    with subprocess.Popen(command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+    with subprocess.Popen(
+        command, env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as run:
         seen = []
         for line in run.stdout:
             seen.append(line)

@@ -1,4 +1,4 @@
-"""The schedule and the gradient of the compression loss, in one process; `test_training.py` has it in Megatron's loop."""
+"""The schedule and the gradient of the compression loss; `test_training.py` has them in Megatron's loop."""
 
 import math
 

@@ -59,7 +59,9 @@ def captured(model, layer=0):
     seen = {}
 
     def keep(module, args, kwargs, output):
-        seen.update(hidden=args[0] if args else kwargs["hidden_states"], rotary=kwargs.get("rotary_pos_emb"), output=output[0])
+        seen.update(
+            hidden=args[0] if args else kwargs["hidden_states"], rotary=kwargs.get("rotary_pos_emb"), output=output[0]
+        )
 
     handle = attention.register_forward_hook(keep, with_kwargs=True)
     tokens = torch.randint(0, 64, (BATCH, SEQ), device="cuda")
@@ -83,7 +85,8 @@ def by_hand(attention, hidden, angles, dmc, magnitude=1.0, temperature=None):
     rotary = None if angles is None else tuple(f(angles[:, 0, 0]) * magnitude for f in (torch.cos, torch.sin))
     out, alpha = dmc_attention(
         query, key, value, rotary,
-        window=dmc.dmc_window_size, offset=dmc.dmc_init_val, temperature=temperature, interleaved=cfg.rotary_interleaved,
+        window=dmc.dmc_window_size, offset=dmc.dmc_init_val, temperature=temperature,
+        interleaved=cfg.rotary_interleaved,
     )  # fmt: skip
     out = out.flatten(2)
     if cfg.attention_output_gate:
@@ -130,16 +133,23 @@ POSITIONS = {
 }
 
 
+YARN = dict(
+    yarn_rotary_scaling_factor=4.0,
+    yarn_original_max_position_embeddings=16,
+    yarn_beta_fast=32.0,
+    yarn_beta_slow=1.0,
+    yarn_mscale=1.0,
+    yarn_mscale_all_dim=0.0,
+    yarn_correction_range_round_to_int=True,
+)
+
+
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_positions(fresh_seed, positions):
     dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1)
     cfg, magnitude = config(), 1.0
     if positions == "yarn":
-        for name, value in dict(
-            yarn_rotary_scaling_factor=4.0, yarn_original_max_position_embeddings=16, yarn_beta_fast=32.0, yarn_beta_slow=1.0,
-            yarn_mscale=1.0, yarn_mscale_all_dim=0.0, yarn_correction_range_round_to_int=True,
-        ).items():  # fmt: skip
-            setattr(cfg, name, value)
+        vars(cfg).update(YARN)
         magnitude = 0.1 * math.log(4.0) + 1
     attention, seen = captured(gpt(cfg, dmc, **POSITIONS[positions]).eval())
     assert (seen["rotary"] is None) == (positions in ("learned", "none"))
@@ -159,7 +169,9 @@ def test_layers_without_rotation(fresh_seed):
 def test_mixture_of_experts(fresh_seed):
     from megatron_dmc.attention import DMCSelfAttention
 
-    cfg = config(num_moe_experts=2, moe_router_topk=1, moe_router_pre_softmax=True, moe_layer_freq=[0, 1], moe_ffn_hidden_size=48)
+    cfg = config(
+        num_moe_experts=2, moe_router_topk=1, moe_router_pre_softmax=True, moe_layer_freq=[0, 1], moe_ffn_hidden_size=48
+    )
     model = gpt(cfg)
     assert [type(layer.self_attention) for layer in model.decoder.layers] == [DMCSelfAttention] * 2
     assert [type(layer.mlp).__name__ for layer in model.decoder.layers] == ["MLP", "MoELayer"]
@@ -190,25 +202,33 @@ def test_local_attention_backend_does_not_replace_dmc(fresh_seed):
     assert isinstance(model.decoder.layers[0].self_attention.core_attention, DMCCoreAttention)
 
 
-@pytest.mark.parametrize("recompute", [{}, dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
-                                       dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)])  # fmt: skip
-def test_recomputation_repeats_the_noise_and_counts_once(fresh_seed, recompute):
+RECOMPUTE = {
+    "none": {},
+    "selective": dict(recompute_granularity="selective", recompute_modules=["core_attn"]),
+    "full": dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+}
+
+
+def recomputed_step(how, seed):
+    """Gradients and counts of one training step with noise, the same whatever is recomputed."""
     dmc = DMCConfig(dmc_stage="finetune", dmc_init_val=0.1, dmc_temp=0.5)
-    torch.manual_seed(3)
-    model = gpt(config(**recompute), dmc).train()
-    compression = model.config.dmc_compression
-    compression.begin_step(0, 10)
-    torch.manual_seed(4)
+    torch.manual_seed(seed)
+    model = gpt(config(**RECOMPUTE[how]), dmc).train()
+    model.config.dmc_compression.begin_step(0, 10)
+    torch.manual_seed(seed + 1)
     tokens = torch.randint(0, 64, (BATCH, SEQ), device="cuda")
-    torch.cuda.manual_seed(5)
+    torch.cuda.manual_seed(seed + 2)
     model(tokens, torch.arange(SEQ, device="cuda").expand(BATCH, -1), None).square().mean().backward()
-    assert compression._counts[1].tolist() == [SEQ * BATCH * 2] * 2
-    result = [p.grad.clone() for p in model.parameters()], compression._counts[0].tolist()
-    reference = test_recomputation_repeats_the_noise_and_counts_once.__dict__.setdefault("first", {})
-    if not recompute:
-        reference["result"] = result
-    assert result[1] == reference["result"][1]
-    for a, b in zip(result[0], reference["result"][0], strict=True):
+    return [p.grad for p in model.parameters()], model.config.dmc_compression._counts
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputation_repeats_the_noise_and_counts_once(fresh_seed, how):
+    grads, counts = recomputed_step(how, fresh_seed)
+    expected_grads, expected_counts = recomputed_step("none", fresh_seed)
+    assert counts[1].tolist() == [SEQ * BATCH * 2] * 2
+    assert torch.equal(counts, expected_counts)
+    for a, b in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -255,16 +275,17 @@ def generate(model, tokens, cuts):
 def test_generation_is_evaluation(fresh_seed, cuts, positions):
     cfg = config()
     if positions == "yarn":
-        cfg.yarn_rotary_scaling_factor, cfg.yarn_original_max_position_embeddings = 4.0, 16
-        cfg.yarn_beta_fast, cfg.yarn_beta_slow, cfg.yarn_mscale, cfg.yarn_mscale_all_dim = 32.0, 1.0, 1.0, 0.0
-        cfg.yarn_correction_range_round_to_int = True
+        vars(cfg).update(YARN)
     model = gpt(cfg, **POSITIONS[positions]).eval()
     tokens = torch.randint(0, 64, (BATCH, SEQ), device="cuda")
     with torch.no_grad():
         want = model(tokens, torch.arange(SEQ, device="cuda").expand(BATCH, -1), None)
         got, context = generate(model, tokens, cuts)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert all(c.tokens == SEQ and 0 < c.lengths.sum() < SEQ * c.lengths.numel() for c in context.key_value_memory_dict.values())
+    assert all(
+        c.tokens == SEQ and 0 < c.lengths.sum() < SEQ * c.lengths.numel()
+        for c in context.key_value_memory_dict.values()
+    )
 
 
 def test_a_compressed_cache_cannot_be_rewound(fresh_seed):
@@ -293,7 +314,9 @@ def test_zero_out_stage(fresh_seed, last_channel):
         torch.testing.assert_close(want, plain.permute(2, 0, 1, 3), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["gqa", "mha", "qkv bias", "qk rms norm", "qk layer norm", "qk l2 norm", "output gate"])
+@pytest.mark.parametrize(
+    "variant", ["gqa", "mha", "qkv bias", "qk rms norm", "qk layer norm", "qk l2 norm", "output gate"]
+)
 def test_zeroed_importance(fresh_seed, variant):
     """After `zero_importance` the last query channel is 0 for any input, and nothing else has changed."""
     model = gpt(config(**VARIANTS[variant]), DMCConfig(dmc_stage="zero-out"))
@@ -376,7 +399,9 @@ def test_transformer_engine_layer(fresh_seed, dtype):
     pytest.importorskip("transformer_engine")
     dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_temp=0.7, dmc_noise=False)
     precision = dict(bf16=True) if dtype is torch.bfloat16 else dict(fp16=True)
-    cfg = config(transformer_impl="transformer_engine", params_dtype=dtype, hidden_size=64, qk_layernorm=True, **precision)
+    cfg = config(
+        transformer_impl="transformer_engine", params_dtype=dtype, hidden_size=64, qk_layernorm=True, **precision
+    )
     model = gpt(cfg, dmc).to(dtype)
     from megatron_dmc.attention import DMCSelfAttention
 

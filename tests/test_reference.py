@@ -45,13 +45,20 @@ def by_definition(query, key, value, rotary, window, offset=5.0, temperature=Non
         w = [torch.sigmoid(query[t, i, list(heads), -1].mean() + offset) + 2**-7 for t in range(s)]
         keys, values = [], []
         for t in range(s):
-            m = {u: w[u] * math.prod(alpha[u + 1 : t + 1].tolist()) for u in range(s) if u <= t and (not window or u > t - window)}
+            m = {
+                u: w[u] * math.prod(alpha[u + 1 : t + 1].tolist())
+                for u in range(s)
+                if u <= t and (not window or u > t - window)
+            }
             total = sum(m.values())
             keys.append(sum(m[u] * key[u, i, j] for u in m) / total)
             values.append(sum(m[u] * value[u, i, j] for u in m) / total)
         clear = torch.ones(d, dtype=query.dtype)
         clear[-1] = 0
-        turn = lambda x: rotate((x * clear)[:, None, None], rotary, interleaved)[:, 0, 0] * clear  # noqa: E731
+
+        def turn(x, clear=clear):
+            return rotate((x * clear)[:, None, None], rotary, interleaved)[:, 0, 0] * clear
+
         keys = turn(torch.stack(keys))
         for head in heads:
             scores = turn(query[:, i, head]) @ keys.T / math.sqrt(d)
@@ -159,7 +166,9 @@ def test_zero_out_begins_as_the_original_attention(fresh_seed):
     query, key, value = inputs(fresh_seed, 13, 2, 2, 2, 8)
     rotary = tables(13, 8)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (rotate(query, rotary), rotate(key, rotary), value))
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(
+        2, 0, 1, 3
+    )
     torch.testing.assert_close(zero_out_attention(query, key, value, rotary, last_channel=1.0), want)
     half = zero_out_attention(query, key, value, rotary, last_channel=0.5)
     assert not torch.allclose(half, want)
@@ -226,6 +235,8 @@ def test_extreme_logits_stay_finite(fresh_seed):
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    arguments = dict(query=torch.zeros(5, 1, 4, 4), key=torch.zeros(5, 1, 2, 4), value=torch.zeros(5, 1, 2, 4), rotary=None)
+    arguments = dict(
+        query=torch.zeros(5, 1, 4, 4), key=torch.zeros(5, 1, 2, 4), value=torch.zeros(5, 1, 2, 4), rotary=None
+    )
     with pytest.raises(ValueError, match=message):
         dmc_attention(**{**arguments, **change})

@@ -10,11 +10,11 @@ from runs import MODEL, UNDECIDED, dmc, python, train, train_until_killed, weigh
 
 pytestmark = pytest.mark.usefixtures("megatron")
 STEPS = 3
-# One step of plain gradient descent moves every weight by its gradient, so equal weights mean equal gradients. Ranks add
-# float32 numbers in another order (tensor-parallel sums, micro-batches, pipeline stages): 24 bits, a few steps deep.
+# One step of plain gradient descent moves every weight by its gradient, so equal weights mean equal gradients. Ranks
+# add float32 numbers in another order (tensor-parallel sums, micro-batches, stages): 24 bits, a few steps deep.
 TOLERANCE = dict(rtol=2e-4, atol=2e-6)
-DESCENT = [*"--optimizer sgd --sgd-momentum 0 --train-iters".split(), STEPS]
-STAGE = [*"--dmc-stage finetune --dmc-cr 4 --dmc-no-noise --finetune".split(), *UNDECIDED]
+DESCENT = [*["--optimizer", "sgd", "--sgd-momentum", "0", "--train-iters"], STEPS]
+STAGE = [*["--dmc-stage", "finetune", "--dmc-cr", "4", "--dmc-no-noise", "--finetune"], *UNDECIDED]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,16 @@ LAYOUTS = {
 def test_layouts_train_alike(base, alone, tmp_path, layout):
     processes, flags = LAYOUTS[layout]
     run = train(
-        *DESCENT, *STAGE, "--load", base, "--save", tmp_path, "--save-interval", STEPS, *flags.split(), processes=processes
+        *DESCENT,
+        *STAGE,
+        "--load",
+        base,
+        "--save",
+        tmp_path,
+        "--save-interval",
+        STEPS,
+        *flags.split(),
+        processes=processes,
     )
     assert_same_training(run, weights(tmp_path), alone)
 
@@ -105,7 +114,7 @@ def test_stages_follow_one_another(base, tmp_path):
             assert bool((weight == 0).any()) == zero
 
     run = train(
-        *short, *"--dmc-stage retrofit --dmc-cr 4".split(), *UNDECIDED, "--load", tmp_path / "zero", "--finetune",
+        *short, *["--dmc-stage", "retrofit", "--dmc-cr", "4"], *UNDECIDED, "--load", tmp_path / "zero", "--finetune",
         "--save", tmp_path / "retrofit", "--tensorboard-dir", tmp_path / "tensorboard", "--tensorboard-log-interval", 1,
     )  # fmt: skip
     assert "run the stage zero-out first" not in run.output
@@ -121,10 +130,12 @@ def test_stages_follow_one_another(base, tmp_path):
     for name in ("compression loss", "compression ratio", "target compression ratio"):
         assert [e.step for e in events.Scalars(name)] == [1, 2, 3, 4]
     layers = [events.Scalars(f"compression ratio by layer/{i:03d}")[-1].value for i in range(1, 5)]
-    assert 1 / (sum(1 / r for r in layers) / 4) == pytest.approx(ratio, rel=1e-5)  # heads and tokens are equal in number
+    assert 1 / (sum(1 / r for r in layers) / 4) == pytest.approx(
+        ratio, rel=1e-5
+    )  # heads and tokens are equal in number
 
     run = train(
-        *short, *"--dmc-stage finetune --dmc-cr 4".split(), *UNDECIDED, "--load", tmp_path / "retrofit", "--finetune"
+        *short, *["--dmc-stage", "finetune", "--dmc-cr", "4"], *UNDECIDED, "--load", tmp_path / "retrofit", "--finetune"
     )
     assert set(run.values("target compression ratio")) == {4.0}
 
@@ -137,10 +148,28 @@ def test_retrofit_warns_of_a_model_that_skipped_zero_out(base):
 
 def test_killed_and_resumed_is_never_stopped(base, tmp_path):
     """With noise, across `kill -9`: every later step's values, and the weights, bit for bit."""
-    flags = ["--dmc-stage", "retrofit", "--dmc-cr", 4, *UNDECIDED, "--train-iters", 6, "--save-interval", 3, "--lr", "1e-2"]
+    flags = [
+        "--dmc-stage",
+        "retrofit",
+        "--dmc-cr",
+        4,
+        *UNDECIDED,
+        "--train-iters",
+        6,
+        "--save-interval",
+        3,
+        "--lr",
+        "1e-2",
+    ]
     whole = train(*flags, "--load", base, "--finetune", "--save", tmp_path / "whole")
     train_until_killed(
-        *flags, "--load", base, "--finetune", "--save", tmp_path / "cut", after="successfully saved checkpoint from iteration       3"
+        *flags,
+        "--load",
+        base,
+        "--finetune",
+        "--save",
+        tmp_path / "cut",
+        after="successfully saved checkpoint from iteration       3",
     )
     rest = train(*flags, "--load", tmp_path / "cut", "--save", tmp_path / "cut")
     assert sorted(rest.steps) == [4, 5, 6]
@@ -168,12 +197,14 @@ def test_resuming_takes_up_the_merge_rate(base, tmp_path):
 
 
 def test_stock_script(base, tmp_path):
-    """A script that knows nothing of DMC trains with it by `--spec`, its settings from YAML; the same as our command."""
+    """A script that knows nothing of DMC trains with it by `--spec`, settings from YAML, as our command does."""
     settings = tmp_path / "dmc.yaml"
     settings.write_text("dmc_stage: finetune\ndmc_cr: 4\ndmc_init_val: 0.1\ndmc_temp: 0.5\ndmc_noise: false\n")
     script = ["tests/stock_pretrain.py"] if HAVE_GPU else ["-m", "megatron_dmc.cpu", "tests/stock_pretrain.py"]
     flags = [*DESCENT, "--finetune", "--load", base, "--spec", "megatron_dmc.spec", "dmc_layer_spec"]
-    run = python(*script, *MODEL, *flags, "--save", tmp_path / "stock", "--save-interval", STEPS, DMC_CONFIG=str(settings))
+    run = python(
+        *script, *MODEL, *flags, "--save", tmp_path / "stock", "--save-interval", STEPS, DMC_CONFIG=str(settings)
+    )
     assert run.code == 0, run.output[-6000:]
     ours = train(*DESCENT, *STAGE, "--load", base, "--split", "90,5,5")
     for name in ("lm loss", "compression ratio", "compression loss"):
@@ -221,8 +252,8 @@ def test_transformer_engine_stages(tmp_path):
     start = "base"
     for stage in ("zero-out", "retrofit", "finetune"):
         run = dmc(
-            "train", *flags, "--bf16", *UNDECIDED, "--train-iters", 4, "--dmc-stage", stage, "--load", tmp_path / start, "--finetune",
-            "--save", tmp_path / stage, "--save-interval", 4,
+            "train", *flags, "--bf16", *UNDECIDED, "--train-iters", 4, "--dmc-stage", stage,
+            "--load", tmp_path / start, "--finetune", "--save", tmp_path / stage, "--save-interval", 4,
         )  # fmt: skip
         assert run.code == 0, run.output[-6000:]
         assert all(math.isfinite(loss) for loss in run.values("lm loss"))

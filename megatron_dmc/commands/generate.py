@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to generate (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default: 0)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the K most likely tokens")
-    parser.add_argument("--top-p", type=float, default=0.0, help="sample from the most likely tokens of total probability P")
+    parser.add_argument(
+        "--top-p", type=float, default=0.0, help="sample from the most likely tokens of total probability P"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
     args = parser.parse_args()
@@ -75,7 +77,8 @@ def _generate(loaded, prompt: str, max_new_tokens: int, sampling) -> None:
     print(flush=True)
     report = generation.report
     print(
-        f"[{report.tokens} tokens in; {report.entries / report.heads:.1f} entries kept per head, ratio {report.ratio:.2f}; "
+        f"[{report.tokens} tokens in; {report.entries / report.heads:.1f} entries kept per head, "
+        f"ratio {report.ratio:.2f}; "
         f"cache {report.entry_bytes:,} bytes instead of {round(report.entry_bytes * report.ratio):,}, "
         f"open segments {report.state_bytes:,} bytes]",
         file=sys.stderr,

@@ -22,9 +22,9 @@ examples:
   megatron-dmc prepare-data --input src/ --pattern '*.py' --holdout 0.02 --output data/code --train-tokenizer 257
 
 A file is one document, a JSON line is one document; each ends with the tokenizer's end-of-document token.
---holdout F puts a share F of the documents, chosen by their content, into PREFIX-valid and the others into PREFIX-train.
---train-tokenizer N trains a byte-level BPE of N tokens on the input (257: the bytes and end-of-document) and leaves it in
-PREFIX-tokenizer, for --tokenizer-type HuggingFaceTokenizer --tokenizer-model PREFIX-tokenizer."""
+--holdout F puts a share F of the documents, chosen by content, into PREFIX-valid and the others into PREFIX-train.
+--train-tokenizer N trains a byte-level BPE of N tokens on the input (257: the bytes and end-of-document) and leaves it
+in PREFIX-tokenizer, for --tokenizer-type HuggingFaceTokenizer --tokenizer-model PREFIX-tokenizer."""
 
 END_OF_DOCUMENT = "<|endoftext|>"
 BYTES_PER_WORKER = 8 << 20  # below this, starting a process costs more than it saves
@@ -40,13 +40,17 @@ def main() -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, type=Path, help="text files, .jsonl files, folders of either")
+    parser.add_argument(
+        "--input", nargs="+", required=True, type=Path, help="text files, .jsonl files, folders of either"
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="where the dataset goes")
     parser.add_argument("--json-key", default="text", help="the key of a JSON line that holds its text (default: text)")
     parser.add_argument("--pattern", default="*", help="which files of a folder to take (default: all)")
     parser.add_argument("--holdout", type=float, default=0.0, help="share of documents to hold out (default: 0)")
     parser.add_argument("--train-tokenizer", type=int, metavar="N", help="train a byte-level BPE tokenizer of N tokens")
-    parser.add_argument("--workers", type=int, help="processes that tokenize (default: by the input, at most all cores)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that tokenize (default: by the input, at most all cores)"
+    )
     args = _add_tokenizer_args(parser).parse_args()
     args.rank = 0
     prepare(args)
@@ -150,7 +154,9 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: str) -> N
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, clean_up_tokenization_spaces=False)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_DOCUMENT, clean_up_tokenization_spaces=False
+    )
     wrapped.save_pretrained(folder)
 
 

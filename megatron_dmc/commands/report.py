@@ -14,8 +14,8 @@ examples:
   megatron-dmc report checkpoints/dmc-4x --text held-out/ --output report/
   megatron-dmc report checkpoints/dmc-4x --data-path data/corpus-valid --max-tokens 200000
 
-CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. Each window of
---seq-length tokens is read through an empty cache that hard decisions compress. --output receives report.json and
+CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. Each window
+of --seq-length tokens is read through an empty cache that hard decisions compress. --output receives report.json and
 report.png: ratio per layer and head, and how many tokens an entry stands for."""
 
 
@@ -30,8 +30,12 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", type=Path, help="held-out text: files, JSON lines, folders")
     parser.add_argument("--data-path", metavar="PREFIX", help="instead, an indexed dataset")
     parser.add_argument("--seq-length", type=int, help="tokens per window (default: as in training)")
-    parser.add_argument("--max-tokens", type=int, default=1_000_000, help="stop after about so many (default: 1,000,000)")
-    parser.add_argument("--output", type=Path, default=Path("."), help="folder for report.json and report.png (default: .)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=1_000_000, help="stop after about so many (default: 1,000,000)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("."), help="folder for report.json and report.png (default: .)"
+    )
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
     args = parser.parse_args()
     if (args.text is None) == (args.data_path is None):
@@ -106,27 +110,41 @@ def draw(report: dict, compressed, path: Path) -> None:
     matplotlib.use("Agg")
     import numpy as np
     from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    image = left.imshow(compressed.ratios, cmap="viridis", aspect="auto", vmin=1)
-    layers, heads = compressed.ratios.shape
+    ratios = compressed.ratios
+    layers, heads = ratios.shape
+    image = left.imshow(ratios, cmap="viridis", aspect="auto", norm=LogNorm(1, max(2, ratios.max())))
     if layers * heads <= 128:
-        middle = (1 + compressed.ratios.max()) / 2
-        for (layer, head), ratio in np.ndenumerate(compressed.ratios):
-            left.text(head, layer, f"{ratio:.1f}", ha="center", va="center", color="white" if ratio < middle else "black")
+        for (layer, head), ratio in np.ndenumerate(ratios):
+            dark = ratio < ratios.max() ** 0.6
+            left.text(head, layer, f"{ratio:.3g}", ha="center", va="center", color="white" if dark else "black")
     left.set(xlabel="KV head", ylabel="layer", title=f"tokens per cache entry (all: {compressed.ratio:.2f})")
-    left.set_xticks(range(heads) if heads <= 32 else range(0, heads, 8))
-    step = 1 if layers <= 32 else 4
-    left.set_yticks(range(0, layers, step), range(1, layers + 1, step))
+    left.set_xticks(range(0, heads, 1 if heads <= 32 else 8))
+    rows = range(0, layers, 1 if layers <= 32 else 4)
+    left.set_yticks(rows, [row + 1 for row in rows])
     figure.colorbar(image, ax=left)
+
     counts = compressed.segment_lengths
     lengths = np.arange(len(counts))
-    shown = min(len(counts), max(24, int(np.searchsorted(np.cumsum(counts), 0.995 * counts.sum())) + 2))
-    right.bar(lengths[1:shown], (counts / counts.sum())[1:shown], color="#3b528b", label="of entries")
-    right.plot(lengths[1:shown], (counts * lengths / (counts * lengths).sum())[1:shown], "o-", color="#e07b00", ms=3, label="of tokens")
+    names, entries, tokens = [], [], []
+    first = 1
+    while first < len(counts):  # 1, 2, 3-4, 5-8, …
+        last = min(1 if first == 1 else 2 * (first - 1), len(counts) - 1)
+        names.append(f"{first}" if first == last else f"{first}-{last}")
+        entries.append(counts[first : last + 1].sum() / counts.sum())
+        tokens.append((counts * lengths)[first : last + 1].sum() / (counts * lengths).sum())
+        first = last + 1
+    place = np.arange(len(names))
+    right.bar(place - 0.2, entries, 0.4, color="#3b528b", label="of entries")
+    right.bar(place + 0.2, tokens, 0.4, color="#e07b00", label="of tokens")
+    right.set_xticks(place, names)
     right.set(xlabel="tokens merged into one entry", ylabel="share", title="segment lengths")
     right.legend()
     cost = 100 * (report["loss_compressed"] / report["loss_uncompressed"] - 1)
-    figure.suptitle(f"Dynamic Memory Compression: loss {report['loss_compressed']:.4f} ({cost:+.1f}% over the same model uncompressed)")
-    figure.savefig(path, dpi=130)
+    figure.suptitle(
+        f"Dynamic Memory Compression: loss {report['loss_compressed']:.4f} ({cost:+.1f}% over the model uncompressed)"
+    )
+    figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -55,15 +55,18 @@ def main() -> None:
         model.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
     _datasets.is_distributed = True
     try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, model), _datasets, ModelType.encoder_or_decoder, _forward_step
-        )
+        pretrain(pretrain_cfg_container_from_args(args, model), _datasets, ModelType.encoder_or_decoder, _forward_step)
     finally:
         if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
             torch.distributed.destroy_process_group()
 
 
 def _arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    for action in parser._actions:  # some of Megatron's own help has a bare percent sign, on which argparse stumbles
+        try:
+            _ = (action.help or "") % vars(action)
+        except (TypeError, ValueError):
+            action.help = action.help.replace("%", "%%")
     parser.prog = "megatron-dmc train"
     parser.usage = "torchrun … -m megatron_dmc train [--dmc-stage STAGE] [MEGATRON'S ARGUMENTS]"
     parser.description = EXAMPLES
@@ -78,7 +81,9 @@ def _check_checkpoint_exists(args: argparse.Namespace) -> None:
     if args.dmc_stage is None or args.load is None or checkpoint_exists(args.load):
         return
     if args.pretrained_checkpoint is None:
-        raise DMCError(f"no checkpoint in --load {args.load} (it must be a folder with latest_checkpointed_iteration.txt)")
+        raise DMCError(
+            f"no checkpoint in --load {args.load} (it must be a folder with latest_checkpointed_iteration.txt)"
+        )
 
 
 def _datasets(num_samples: list[int], vp_stage: int | None = None):
@@ -185,9 +190,7 @@ def _batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor]:
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
 def _loss(loss_mask: torch.Tensor, losses: torch.Tensor):

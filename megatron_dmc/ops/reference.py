@@ -210,7 +210,9 @@ class DMCCache:
         have = self.entries.shape[3]
         if capacity > have:
             more = max(capacity, 2 * have) - have
-            self.entries = torch.cat([self.entries, self.entries.new_zeros(*self.entries.shape[:3], more, self.entries.shape[4])], 3)
+            self.entries = torch.cat(
+                [self.entries, self.entries.new_zeros(*self.entries.shape[:3], more, self.entries.shape[4])], 3
+            )
 
 
 @torch.no_grad()
@@ -339,7 +341,9 @@ def _check(query, key, value, rotary, window, temperature, noise) -> None:
     if noise is not None and temperature is None:
         raise ValueError("noise belongs to soft decisions: give a temperature as well")
     if noise is not None and noise.shape != key.shape[:3]:
-        raise ValueError(f"noise must be [tokens, sequences, KV heads] = {tuple(key.shape[:3])}; got {tuple(noise.shape)}")
+        raise ValueError(
+            f"noise must be [tokens, sequences, KV heads] = {tuple(key.shape[:3])}; got {tuple(noise.shape)}"
+        )
     if rotary is not None:
         for name, table in zip(("cos", "sin"), rotary, strict=True):
             width = table.shape[-1]
