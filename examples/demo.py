@@ -177,24 +177,24 @@ def evaluate(size: Size, output: Path, data: str) -> None:
         windows = read_windows(loaded, size.seq_length, data=f"{data}-valid", limit=size.held_out_tokens)
         losses[name] = loss_uncompressed(loaded, windows)
     loaded = load(output / "finetune")
-    report, compressed = measure(loaded, windows)
+    report = measure(loaded, windows)
     cost = report["loss_compressed"] / losses["control"] - 1
     print(f"\n{table(report)}\n")
     print(f"{'held-out loss, nats per token':44}{'loss':>8}{'ratio':>8}{'against control':>18}")
     print(f"{'base':44}{losses['base']:8.4f}{1:8.2f}")
     print(f"{'control: trained on without compression':44}{losses['control']:8.4f}{1:8.2f}")
     label = "DMC: hard decisions, truly merged caches"
-    print(f"{label:44}{compressed.loss:8.4f}{compressed.ratio:8.2f}{cost:>+17.1%}\n")
+    print(f"{label:44}{report['loss_compressed']:8.4f}{report['compression_ratio']:8.2f}{cost:>+17.1%}\n")
     summary = dict(
         base_loss=losses["base"],
         control_loss=losses["control"],
-        dmc_loss=compressed.loss,
-        compression_ratio=compressed.ratio,
+        dmc_loss=report["loss_compressed"],
+        compression_ratio=report["compression_ratio"],
         target_ratio=RATIO,
         steps=dict(base=size.base, zero_out=size.zero_out, retrofit=size.retrofit, finetune=size.finetune),
     )
     (output / "report.json").write_text(json.dumps({**summary, **report}, indent=2) + "\n")
-    draw(report, compressed, output / "report.png")
+    draw(report, output / "report.png")
 
 
 if __name__ == "__main__":

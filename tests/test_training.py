@@ -200,7 +200,8 @@ def test_stock_script(base, tmp_path):
     """A script that knows nothing of DMC trains with it by `--spec`, settings from YAML, as our command does."""
     settings = tmp_path / "dmc.yaml"
     settings.write_text("dmc_stage: finetune\ndmc_cr: 4\ndmc_init_val: 0.1\ndmc_temp: 0.5\ndmc_noise: false\n")
-    script = ["tests/stock_pretrain.py"] if HAVE_GPU else ["-m", "megatron_dmc.cpu", "tests/stock_pretrain.py"]
+    launch = "torch.distributed.run --nproc-per-node 1" if HAVE_GPU else "megatron_dmc.cpu"
+    script = ["-m", *launch.split(), "tests/stock_pretrain.py"]
     flags = [*DESCENT, "--finetune", "--load", base, "--spec", "megatron_dmc.spec", "dmc_layer_spec"]
     run = python(
         *script, *MODEL, *flags, "--save", tmp_path / "stock", "--save-interval", STEPS, DMC_CONFIG=str(settings)

@@ -54,15 +54,15 @@ def main() -> None:
         raise DMCError(f"--seq-length {length} exceeds the model's {loaded.args.max_position_embeddings} positions")
     windows = read_windows(loaded, length, text=args.text, data=args.data_path, limit=args.max_tokens)
     args.output.mkdir(parents=True, exist_ok=True)
-    report, compressed = measure(loaded, windows)
+    report = measure(loaded, windows)
     print(table(report))
     (args.output / "report.json").write_text(json.dumps({"checkpoint": args.checkpoint, **report}, indent=2) + "\n")
-    draw(report, compressed, args.output / "report.png")
+    draw(report, args.output / "report.png")
     print(f"\nwrote {args.output / 'report.json'} and {args.output / 'report.png'}")
 
 
-def measure(loaded, windows):
-    """The report as a dictionary, and the `Compressed` it comes from."""
+def measure(loaded, windows) -> dict:
+    """What report.json holds: losses over `windows` `[n, s + 1]` with and without compression, and who compressed what."""
     from megatron_dmc.evaluation import loss_compressed, loss_uncompressed, perplexity
 
     compressed = loss_compressed(loaded, windows)
@@ -81,7 +81,7 @@ def measure(loaded, windows):
         "ratio_by_layer_and_head": compressed.ratios.tolist(),
         "ratio_by_layer": (compressed.tokens / compressed.entries.mean(1)).tolist(),
         "segments_by_length": compressed.segment_lengths.tolist(),
-    }, compressed
+    }
 
 
 def table(report: dict) -> str:
@@ -103,8 +103,8 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(report: dict, compressed, path: Path) -> None:
-    """A heat map of ratios over layers and heads, and the distribution of segment lengths."""
+def draw(report: dict, path: Path) -> None:
+    """Picture of a report: a heat map of ratios over layers and heads, and the distribution of segment lengths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -113,20 +113,20 @@ def draw(report: dict, compressed, path: Path) -> None:
     from matplotlib.colors import LogNorm
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    ratios = compressed.ratios
+    ratios = np.array(report["ratio_by_layer_and_head"])
     layers, heads = ratios.shape
     image = left.imshow(ratios, cmap="viridis", aspect="auto", norm=LogNorm(1, max(2, ratios.max())))
     if layers * heads <= 128:
         for (layer, head), ratio in np.ndenumerate(ratios):
             dark = ratio < ratios.max() ** 0.6
             left.text(head, layer, f"{ratio:.3g}", ha="center", va="center", color="white" if dark else "black")
-    left.set(xlabel="KV head", ylabel="layer", title=f"tokens per cache entry (all: {compressed.ratio:.2f})")
+    left.set(xlabel="KV head", ylabel="layer", title=f"tokens per cache entry (all: {report['compression_ratio']:.2f})")
     left.set_xticks(range(0, heads, 1 if heads <= 32 else 8))
     rows = range(0, layers, 1 if layers <= 32 else 4)
     left.set_yticks(rows, [row + 1 for row in rows])
     figure.colorbar(image, ax=left)
 
-    counts = compressed.segment_lengths
+    counts = np.array(report["segments_by_length"])
     lengths = np.arange(len(counts))
     names, entries, tokens = [], [], []
     first = 1
@@ -139,7 +139,7 @@ def draw(report: dict, compressed, path: Path) -> None:
     place = np.arange(len(names))
     right.bar(place - 0.2, entries, 0.4, color="#3b528b", label="of entries")
     right.bar(place + 0.2, tokens, 0.4, color="#e07b00", label="of tokens")
-    right.set_xticks(place, names)
+    right.set_xticks(place, names, rotation=30)
     right.set(xlabel="tokens merged into one entry", ylabel="share", title="segment lengths")
     right.legend()
     cost = 100 * (report["loss_compressed"] / report["loss_uncompressed"] - 1)
