@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron_dmc.checkpoint import LoadedModel
 from megatron_dmc.config import DMCError
 from megatron_dmc.megatron_hooks import dmc_layers
+from megatron_dmc.text import find_files, read_documents
 
 CHUNK = 16
 """Tokens that enter the cache at once: few, so that nearly all that a token attends to is read from entries."""
@@ -68,8 +69,6 @@ def read_windows(
     if (text is None) == (data is None):
         raise DMCError("give held-out text either as text or as an indexed dataset")
     if text is not None:
-        from megatron_dmc.commands.prepare_data import find_files, read_documents
-
         documents = read_documents(find_files(text))
         tokens = np.concatenate([[*loaded.tokenizer.tokenize(d), loaded.tokenizer.eod] for d in documents] or [[]])
     else:

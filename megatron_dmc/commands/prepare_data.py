@@ -6,13 +6,13 @@ import argparse
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 
 from megatron_dmc.config import DMCError
+from megatron_dmc.text import find_files, read_documents
 
 EXAMPLES = """\
 examples:
@@ -92,49 +92,6 @@ def prepare(args: argparse.Namespace) -> None:
         print(f"{args.output}{split}: {documents:,} documents, {tokens:,} tokens (vocabulary {tokenizer.vocab_size:,})")
         if not documents:
             raise DMCError(f"{args.output}{split} has no documents: give more text, or another --holdout")
-
-
-def find_files(inputs: Iterable[Path], pattern: str = "*") -> list[Path]:
-    """The files that the inputs name, those of a folder sorted, each with `pattern`."""
-    files = []
-    for path in inputs:
-        if path.is_dir():
-            found = sorted(f for f in path.rglob(pattern) if f.is_file())
-            if not found:
-                raise DMCError(f"--input {path} has no file that matches {pattern!r}")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise DMCError(f"--input {path} is neither a file nor a folder")
-    return files
-
-
-def read_documents(files: Iterable[Path], json_key: str = "text") -> Iterator[str]:
-    """The texts of the files, in order; files that are not UTF-8 are named and passed over."""
-    for path in files:
-        try:
-            if path.suffix != ".jsonl":
-                text = path.read_text(encoding="utf-8")
-                if text.strip():
-                    yield text
-                continue
-            with open(path, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _json_text(line, json_key, f"{path}:{number}")
-        except UnicodeDecodeError:
-            print(f"not UTF-8, passed over: {path}", file=sys.stderr)
-
-
-def _json_text(line: str, key: str, where: str) -> str:
-    try:
-        document = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DMCError(f"{where} is not JSON: {error}") from error
-    if not isinstance(document, dict) or not isinstance(document.get(key), str):
-        raise DMCError(f"{where} has no text under {key!r}; name its key with --json-key")
-    return document[key]
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary: int, folder: str) -> None:
