@@ -3,6 +3,7 @@
 #   docker run --gpus all --ipc host -v "$PWD":/workspace megatron-dmc train --help
 FROM nvcr.io/nvidia/pytorch:26.06-py3
 
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/megatron-dmc
 
 # Dependencies first: they change less often than the code. What the image brings is pinned to what it brings.
@@ -17,7 +18,7 @@ RUN pip install --no-cache-dir --no-deps . \
     && python -c 'import torch; assert torch.version.cuda' \
     && useradd --create-home --uid 10001 dmc
 
-USER dmc
+USER 10001
 WORKDIR /workspace
 ENTRYPOINT ["megatron-dmc"]
 CMD ["--help"]

@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measure(loaded, windows) -> dict:
-    """What report.json holds: losses over `windows` `[n, s + 1]` with and without compression, and each head's ratio."""
+    """What report.json holds: losses over `windows` `[n, s + 1]` with and without compression, and every ratio."""
     from megatron_dmc.evaluation import loss_compressed, loss_uncompressed, perplexity
 
     compressed = loss_compressed(loaded, windows)
