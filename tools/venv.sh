@@ -19,8 +19,9 @@ candidates() {
 works() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; }
 
 has_cuda_torch() {
-    "$1" -c 'import torch; v = torch.__version__.split(".")
-assert torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 11)' >/dev/null 2>&1
+    # Not from inside another virtual environment: ours would see its base's packages, not its own.
+    "$1" -c 'import sys, torch; v = torch.__version__.split(".")
+assert sys.prefix == sys.base_prefix and torch.version.cuda and (int(v[0]), int(v[1])) >= (2, 11)' >/dev/null 2>&1
 }
 
 chosen="" system_torch=""
