@@ -45,7 +45,8 @@ if [ -n "$system_torch" ]; then
     echo "building on the torch of $chosen"
     "$chosen" -m venv --system-site-packages .venv
     grep -v '^torch==' constraints.txt >.venv/constraints.txt
-    .venv/bin/python -c 'import torch; print("torch==" + torch.__version__)' >>.venv/constraints.txt
+    .venv/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+        >>.venv/constraints.txt
 else
     echo "creating .venv with $chosen"
     "$chosen" -m venv .venv
