@@ -131,7 +131,7 @@ class DMCCoreAttention(MegatronModule):
         if parallel_state.is_initialized():
             share = parallel_state.get_data_parallel_rank() / parallel_state.get_data_parallel_world_size()
             uniform = (uniform + share) % 1.0
-        return torch.logit(uniform, eps=2.0**-25)
+        return torch.logit(uniform, eps=2.0**-24)  # the spacing of float32 below 1
 
 
 class DMCSelfAttention(SelfAttention):

@@ -95,14 +95,14 @@ def read_windows(
 
 
 @torch.no_grad()
-def loss_compressed(loaded: LoadedModel, windows: torch.Tensor, batch: int = 32) -> Compressed:
+def loss_compressed(loaded: LoadedModel, windows: torch.Tensor) -> Compressed:
     """Read windows `[n, s + 1]` through compressed caches, hard decisions, each window from an empty cache."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
     layers = dmc_layers([loaded.model])
     total, entries, entry_bytes = 0.0, 0, 0
     lengths = np.zeros(windows.shape[1], dtype=np.int64)
-    for rows in windows.split(batch):
+    for rows in _batches(windows):
         context = StaticInferenceContext(len(rows), windows.shape[1] - 1)
         decisions: dict[int, list] = {layer.layer_number: [] for layer in layers}
         for layer in layers:
@@ -125,7 +125,7 @@ def loss_compressed(loaded: LoadedModel, windows: torch.Tensor, batch: int = 32)
 
 
 @torch.no_grad()
-def loss_uncompressed(loaded: LoadedModel, windows: torch.Tensor, batch: int = 32) -> float:
+def loss_uncompressed(loaded: LoadedModel, windows: torch.Tensor) -> float:
     """Mean loss per token over windows `[n, s + 1]` without DMC.
 
     For a model without DMC this is its loss; a DMC model appends every token instead of merging any.
@@ -134,11 +134,16 @@ def loss_uncompressed(loaded: LoadedModel, windows: torch.Tensor, batch: int = 3
     for layer in layers:
         layer.core_attention.merging = False
     try:
-        total = sum(_loss(loaded, rows, 0, windows.shape[1] - 1, None) for rows in windows.split(batch))
+        total = sum(_loss(loaded, rows, 0, windows.shape[1] - 1, None) for rows in _batches(windows))
     finally:
         for layer in layers:
             layer.core_attention.merging = True
     return total / windows[:, 1:].numel()
+
+
+def _batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """So many windows at a time that the scores of one head stay within 32 MB: attention here is written out."""
+    return windows.split(max(1, min(32, 2**23 // windows.shape[1] ** 2)))
 
 
 def _loss(loaded: LoadedModel, rows: torch.Tensor, start: int, stop: int, context) -> float:
