@@ -46,10 +46,10 @@ def gpt(cfg, dmc=None, **changes):
     dmc = dmc or DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1)
     settings = dict(vocab_size=64, max_sequence_length=64, position_embedding_type="rope", rotary_base=100)
     model = GPTModel(cfg, dmc_layer_spec(cfg, dmc=dmc), **{**settings, **changes})
-    # Biases, gains and the like start at constants that would hide a mistake.
-    for p in model.parameters():
+    # Biases and gains start at constants that would hide a mistake; these leave decisions both ways.
+    for name, p in model.named_parameters():
         if p.dim() == 1:
-            torch.nn.init.normal_(p, 0.5, 0.5)
+            torch.nn.init.uniform_(p, *((-0.3, 0.3) if name.endswith("bias") else (0.5, 1.5)))
     return model.to("cuda")
 
 
