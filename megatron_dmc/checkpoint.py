@@ -103,9 +103,10 @@ def load(path: str | Path, *, tokenizer_model: str | None = None, need_dmc: bool
     if need_dmc and not dmc.merges:
         stage = f"only been through stage {dmc.dmc_stage}" if dmc.dmc_stage else "not been trained with DMC"
         raise DMCError(f"{path} has {stage}: its cache does not compress before the stage retrofit")
+    padding = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     _adapt(args)
     _start_one_process()
-    tokenizer = _tokenizer(args, tokenizer_model)
+    tokenizer = _tokenizer(args, tokenizer_model, padding)
     model = _build(args, dmc)
     state = {"model": model.sharded_state_dict(metadata=dist_checkpointing.load_content_metadata(str(path)))}
     model.load_state_dict(dist_checkpointing.load(state, str(path))["model"])
@@ -137,7 +138,8 @@ def _start_one_process() -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(0)
 
 
-def _tokenizer(args: Namespace, tokenizer_model: str | None) -> Any:
+def _tokenizer(args: Namespace, tokenizer_model: str | None, padding: int) -> Any:
+    """The tokenizer; its vocabulary, padded to a multiple of `padding`, must be the model's."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     trained_with = args.padded_vocab_size
@@ -150,8 +152,7 @@ def _tokenizer(args: Namespace, tokenizer_model: str | None) -> Any:
             f"cannot build the checkpoint's tokenizer ({args.tokenizer_type}, {args.tokenizer_model}): {error}; "
             "if it has moved, say where to with --tokenizer-model"
         ) from error
-    step = args.make_vocab_size_divisible_by
-    if not trained_with - step < tokenizer.vocab_size <= trained_with:
+    if not trained_with - padding < tokenizer.vocab_size <= trained_with:
         raise DMCError(
             f"the tokenizer {args.tokenizer_model} has {tokenizer.vocab_size} tokens, the model an embedding of "
             f"{trained_with}: give the tokenizer that the model was trained with"

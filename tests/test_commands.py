@@ -224,6 +224,7 @@ def test_importing_the_package_loads_no_cuda():
 def test_a_model_trained_in_another_layout_opens_in_one_process(tmp_path):
     """What two tensor-parallel ranks have saved generates as one process would."""
     flags = ["--train-iters", 1, "--save-interval", 1, "--dmc-stage", "retrofit", *UNDECIDED]
+    flags += ["--vocab-size", 60]  # two ranks pad it to 64, one alone would not
     train(*flags, "--save", tmp_path / "tp2", "--tensor-model-parallel-size", 2, processes=2)
     code = (
         "import sys; from megatron_dmc.cpu import emulate_cuda; emulate_cuda(); "
