@@ -1,5 +1,65 @@
-"""Everything is declared in pyproject.toml; this file is where the CUDA extension under csrc/ will be built."""
+"""Builds the CUDA extension under csrc/ where nvcc is found; everything else is declared in pyproject.toml.
+
+TORCH_CUDA_ARCH_LIST chooses the architectures (Hopper, and PTX for later ones, unless given), MAX_JOBS the parallelism.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+KERNELS = ["prepare", "merge_diagonal", "prepare_backward"]
+
+
+def installed_torch() -> str | None:
+    """Where the environment that we install into keeps torch; pip's build isolation hides it from this process."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import importlib.util as u; spec = u.find_spec('torch'); print(spec.origin if spec else '')"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout.strip()
+    return str(Path(found).parent.parent) if found else None
+
+
+def cuda_home() -> str | None:
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        candidates.append(Path(nvcc).resolve().parent.parent)
+    candidates.append("/usr/local/cuda")
+    for home in filter(None, candidates):
+        if (Path(home) / "bin/nvcc").exists() and (Path(home) / "include/cuda_runtime.h").exists():
+            return str(home)
+    return None
+
+
+def cuda_extension() -> dict:
+    home, torch_folder = cuda_home(), installed_torch()
+    if home is None:
+        print("megatron-dmc: no nvcc found; installing without the CUDA extension", file=sys.stderr)
+        return {}
+    # setuptools asks for requirements before it builds. Only then may torch be missing here.
+    needs = ["ninja"] + ([] if torch_folder else ["torch>=2.11"])
+    if torch_folder and torch_folder not in sys.path:
+        sys.path.append(torch_folder)
+    os.environ["CUDA_HOME"] = home
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0+PTX")
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+    except ImportError:
+        return {"setup_requires": needs}
+    print(f"megatron-dmc: building the CUDA extension with {home}/bin/nvcc", file=sys.stderr)
+    extension = CUDAExtension(
+        "megatron_dmc._cuda",
+        ["csrc/bindings.cpp", *(f"csrc/{name}.cu" for name in KERNELS)],
+        depends=[str(path) for path in Path("csrc").glob("*.*h")],
+        # torch's stable ABI of 2.11: one build serves every later version.
+        define_macros=[("USE_CUDA", None), ("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        extra_compile_args={"cxx": ["-O2", "-std=c++20"], "nvcc": ["-O3", "-std=c++20", "--threads=2"]},
+        py_limited_api=True,
+    )
+    build = BuildExtension.with_options(no_python_abi_suffix=True)
+    return {"setup_requires": needs, "ext_modules": [extension], "cmdclass": {"build_ext": build}}
+
+
+setup(**cuda_extension())

@@ -58,6 +58,20 @@ def dmc_attention(
         ValueError: for shapes, windows or temperatures that do not fit; the message names the argument.
     """
     _check(query, key, value, rotary, window, temperature, noise)
+    alpha, keep = decide(key, offset, temperature, noise)
+    merged_key, merged_value = merge(key, value, importance(query, key.shape[2], offset), alpha, window)
+    query, merged_key = (rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
+
+    # A query sees its own entry as it stands, and key j to the degree that token j+1 did not merge into it.
+    s = query.shape[0]
+    diagonal = torch.eye(s, dtype=torch.bool, device=query.device)
+    future = torch.ones(s, s, dtype=torch.bool, device=query.device).triu(1)
+    bias = _per_query(key_bias(keep)).masked_fill(diagonal, 0.0).masked_fill(future, -math.inf)
+    return _attend(query, merged_key, merged_value, bias, scale).to(value.dtype), alpha
+
+
+def decide(key: Tensor, offset: float, temperature: float | None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The decisions `α_t` and `log(1 - α_t)`, each `[s, b, g]`; hard ones without a temperature."""
     logits = decision_logits(key, offset)
     if temperature is None:
         alpha = (logits > 0).to(logits.dtype)
@@ -67,18 +81,12 @@ def dmc_attention(
         alpha = torch.sigmoid(logits / temperature)
         keep = F.logsigmoid(-logits / temperature)
     # The first token has nothing to merge into.
-    alpha = torch.cat([torch.zeros_like(alpha[:1]), alpha[1:]])
+    return torch.cat([torch.zeros_like(alpha[:1]), alpha[1:]]), keep
 
-    merged_key, merged_value = merge(key, value, importance(query, key.shape[2], offset), alpha, window)
-    query, merged_key = (_rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
 
-    # A query sees its own entry as it stands, and key j to the degree that token j+1 did not merge into it.
-    bias = torch.cat([keep[1:], torch.zeros_like(keep[:1])])  # log(1 - alpha_{j+1}); the last key has no successor
-    s = query.shape[0]
-    diagonal = torch.eye(s, dtype=torch.bool, device=query.device)
-    future = torch.ones(s, s, dtype=torch.bool, device=query.device).triu(1)
-    bias = _per_query(bias).masked_fill(diagonal, 0.0).masked_fill(future, -math.inf)
-    return _attend(query, merged_key, merged_value, bias, scale).to(value.dtype), alpha
+def key_bias(keep: Tensor) -> Tensor:
+    """Of key `j`, for later queries: `log(1 - α_{j+1})`; the last key has no successor. From `log(1 - α)`, `[s, b, g]`."""
+    return torch.cat([keep[1:], torch.zeros_like(keep[:1])])
 
 
 def decision_logits(key: Tensor, offset: float) -> Tensor:
@@ -147,7 +155,7 @@ def rotate(x: Tensor, rotary: Rotary | None, interleaved: bool = False) -> Tenso
     return torch.cat([turning * cos + turned * sin, rest], -1)
 
 
-def _rotate_without_last(x: Tensor, rotary: Rotary | None, interleaved: bool) -> Tensor:
+def rotate_without_last(x: Tensor, rotary: Rotary | None, interleaved: bool) -> Tensor:
     """The last channel is DMC's own: zero before the rotation and, since that mixes channels, zero again after it."""
 
     def clear(x: Tensor) -> Tensor:
@@ -257,7 +265,7 @@ def dmc_attention_cached(
         total = _segment_sums(run[2], run[3], len(run[2]))[-1:]
         cache.tail = (merged_key[-1:], merged_value[-1:], total, torch.zeros_like(total))
 
-    query, merged_key = (_rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
+    query, merged_key = (rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
 
     # Old entries are visible, but for an open one that the first new token merges into; a new token is visible to
     # itself, and to later ones unless its successor merged into it.

@@ -1,0 +1,108 @@
+// What the kernels take: plain pointers and numbers, nothing of a framework.
+//
+// Shapes: s tokens, b sequences, h query heads, g KV heads, d channels. "Rows" are the d channels of one token, sequence
+// and head; they are contiguous everywhere, and 16-byte aligned. Strides count elements.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace dmc {
+
+enum class DType { kBFloat16, kHalf, kFloat };
+
+struct Strides {
+  int64_t token = 0, batch = 0, head = 0;
+};
+
+struct Shape {
+  int tokens, batch, heads, kv_heads, channels;
+};
+
+// The rotary tables, float32 rows of 2 * pairs channels; strides without heads. pairs == 0: no rotation.
+struct Rotary {
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  Strides stride;
+  int pairs = 0;
+  bool interleaved = false;
+};
+
+// The last channel of the attention kernel's queries holds `query_channel`, that of its keys bias / bias_per_channel,
+// so that their product, scaled, is the bias.
+struct BiasChannel {
+  float query_channel;
+  float bias_per_channel;  // scale * query_channel
+};
+
+struct Prepare {
+  Shape shape;
+  const void *query, *key, *value;  // unrotated, any strides
+  Strides query_stride, key_stride, value_stride;
+  Rotary rotary;
+  const float* noise;        // [s, b, g] added to the decision logits, or null
+  const int64_t* noise_key;  // one number that keys the counter-based noise, or null
+  uint32_t noise_stream;
+  int noise_first_head;
+  int window;
+  float offset;
+  float temperature;  // 0: hard decisions
+  float scale;
+  BiasChannel bias;
+  void* attention_query;  // [s, b, h, d]
+  void* attention_key;    // [s, b, g, d]
+  void* attention_value;  // [s, b, g, d]
+  float* diagonal;        // [b, h, s]
+  float* alpha;           // [s, b, g]
+  float* weight;          // [s, b, g]
+};
+
+struct MergeDiagonal {
+  Shape shape;
+  void* output;  // any strides, in place
+  Strides output_stride;
+  float* logsumexp;        // [b, h, s], in place
+  const float* diagonal;   // [b, h, s]
+  const void* attention_key;    // [s, b, g, d]
+  const void* attention_value;  // [s, b, g, d]
+  float bias_per_channel;
+};
+
+struct MergeDiagonalBackward {
+  Shape shape;
+  const void *grad_output, *output;  // any strides
+  Strides grad_output_stride, output_stride;
+  const float *logsumexp, *diagonal;  // [b, h, s]
+  const void *attention_query, *attention_key, *attention_value;  // contiguous
+  Rotary rotary;
+  float scale;
+  float bias_per_channel;
+  void *grad_query, *grad_key, *grad_value;  // [s, b, h|g, d], in place
+  float* grad_bias;                          // [s, b, g]
+};
+
+struct PrepareBackward {
+  Shape shape;
+  const void *key, *value;  // unrotated, any strides
+  Strides key_stride, value_stride;
+  const void *grad_merged_key, *grad_merged_value;  // [s, b, g, d]
+  const float *alpha, *weight, *grad_bias;          // [s, b, g]
+  const float* grad_alpha;                          // or null
+  Strides grad_alpha_stride;
+  int window;
+  float temperature;
+  void* grad_query;              // [s, b, h, d]: its last channel is written
+  void *grad_key, *grad_value;  // [s, b, g, d]
+};
+
+// The longest window whose tiles fit into the shared memory that a thread block may use on the current device.
+int max_window(DType dtype, int channels);
+
+// Each launches one kernel and returns the launch's error.
+cudaError_t prepare(const Prepare&, DType, cudaStream_t);
+cudaError_t merge_diagonal(const MergeDiagonal&, DType, cudaStream_t);
+cudaError_t merge_diagonal_backward(const MergeDiagonalBackward&, DType, cudaStream_t);
+cudaError_t prepare_backward(const PrepareBackward&, DType, cudaStream_t);
+
+}  // namespace dmc

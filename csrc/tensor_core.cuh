@@ -1,0 +1,145 @@
+// 16x16 tiles on the tensor cores, with float32 results as exact as float32 arithmetic gives them.
+//
+// Keys, values and their gradients enter as they are: products of 16-bit numbers are exact in float32. What is float32,
+// the coefficients of a merge above all, enters as a sum of 16-bit planes, each holding what the planes before left over.
+#pragma once
+
+#include "common.cuh"
+
+namespace dmc {
+
+// Planes of a tile's elements, of float32 coefficients that multiply them, and the planes' type.
+template <class T>
+struct Planes {
+  using type = T;
+  static constexpr int elements = 1, coefficients = 2;
+};
+template <>
+struct Planes<float> {
+  using type = bf16;
+  static constexpr int elements = 3, coefficients = 3;
+};
+
+template <class P>
+__device__ inline uint32_t pack_bits(P low, P high) {
+  return uint32_t(*reinterpret_cast<unsigned short*>(&low)) |
+         uint32_t(*reinterpret_cast<unsigned short*>(&high)) << 16;
+}
+
+// Two float32 numbers as N planes of register pairs.
+template <class P, int N>
+__device__ inline void split(float low, float high, uint32_t (&planes)[N][4], int reg) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const P a = from_float<P>(low), b = from_float<P>(high);
+    planes[n][reg] = pack_bits(a, b);
+    low -= to_float(a);
+    high -= to_float(b);
+  }
+}
+
+__device__ inline void multiply_add(bf16, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ inline void multiply_add(half, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Where a lane's registers of a 16x16 tile lie: register pair r holds (row(r), column(r)) and the column behind it.
+__device__ inline int tile_row(int reg) { return threadIdx.x % 32 / 4 + reg % 2 * 8; }
+__device__ inline int tile_column(int reg) { return threadIdx.x % 4 * 2 + reg / 2 * 8; }
+
+// c (16x16: two 16x8 halves of four registers) += a b, over all pairs of planes that float32 resolves.
+template <class T, int A, int B>
+__device__ inline void multiply_add_tiles(float (&c)[2][4], const uint32_t (&a)[A][4], const uint32_t (&b)[B][4]) {
+  constexpr int kDepth = A > B ? A : B;
+#pragma unroll
+  for (int i = 0; i < A; ++i) {
+#pragma unroll
+    for (int j = 0; j < B; ++j) {
+      if (i + j < kDepth) {
+        multiply_add(typename Planes<T>::type{}, c[0], a[i], b[j][0], b[j][1]);
+        multiply_add(typename Planes<T>::type{}, c[1], a[i], b[j][2], b[j][3]);
+      }
+    }
+  }
+}
+
+// Rows in shared memory. The padding lets eight rows be read at once without bank conflicts.
+template <class T, int D>
+struct Rows {
+  static constexpr int kStride = D + 16 / sizeof(T);
+  T* data;
+
+  __device__ T* at(int row, int channel = 0) const { return data + row * kStride + channel; }
+
+  static constexpr int bytes(int rows) { return rows * kStride * int(sizeof(T)); }
+
+  // The tile with corner (row, channel) as a left operand: its rows are the product's rows.
+  __device__ void left(uint32_t (&to)[Planes<T>::elements][4], int row, int channel) const {
+    read<false, false>(to, row, channel);
+  }
+  // As a right operand whose rows are the product's columns.
+  __device__ void right_transposed(uint32_t (&to)[Planes<T>::elements][4], int row, int channel) const {
+    read<false, true>(to, row, channel);
+  }
+  // As a right operand whose channels are the product's columns.
+  __device__ void right(uint32_t (&to)[Planes<T>::elements][4], int row, int channel) const {
+    read<true, false>(to, row, channel);
+  }
+
+ private:
+  // `kTransposed`: registers pair up along rows instead of channels. `kSwapped`: the second and third of the four
+  // 8x8 quarters change places.
+  template <bool kTransposed, bool kSwapped>
+  __device__ void read(uint32_t (&to)[Planes<T>::elements][4], int row, int channel) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(T) == 2) {
+      const int down = kSwapped ? lane / 16 : lane / 8 % 2, right = kSwapped ? lane / 8 % 2 : lane / 16;
+      const uint32_t address = __cvta_generic_to_shared(at(row + lane % 8 + down * 8, channel + right * 8));
+      if constexpr (kTransposed) {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[0][0]), "=r"(to[0][1]), "=r"(to[0][2]), "=r"(to[0][3])
+                     : "r"(address));
+      } else {
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(to[0][0]), "=r"(to[0][1]), "=r"(to[0][2]), "=r"(to[0][3])
+                     : "r"(address));
+      }
+    } else {
+#pragma unroll
+      for (int reg = 0; reg < 4; ++reg) {
+        const int down = kSwapped ? reg / 2 : reg % 2, right = kSwapped ? reg % 2 : reg / 2;
+        const int outer = lane / 4, inner = lane % 4 * 2;
+        const T* from = kTransposed ? at(row + down * 8 + inner, channel + right * 8 + outer)
+                                    : at(row + down * 8 + outer, channel + right * 8 + inner);
+        split<bf16>(to_float(from[0]), to_float(from[kTransposed ? kStride : 1]), to, reg);
+      }
+    }
+  }
+};
+
+// Copy rows [first, first + count) of one sequence and head into shared memory, asynchronously; rows that the sequence
+// does not have become 0.
+template <class T, int D, int kThreads>
+__device__ inline void copy_rows(Rows<T, D> to, const T* from, int64_t token_stride, int first, int count, int tokens) {
+  constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece;
+  for (int i = threadIdx.x; i < count * kPieces; i += kThreads) {
+    const int row = i / kPieces, channel = i % kPieces * kPiece, token = first + row;
+    const bool exists = token >= 0 && token < tokens;
+    const uint32_t address = __cvta_generic_to_shared(to.at(row, channel));
+    const T* source = from + (exists ? token * token_stride : 0) + channel;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(exists ? 16 : 0));
+  }
+}
+
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+}
+
+}  // namespace dmc
