@@ -24,7 +24,9 @@ from torch import Tensor
 
 from megatron_dmc.compression import Compression
 from megatron_dmc.config import DMCError
-from megatron_dmc.ops.reference import DMCCache, Rotary, dmc_attention, dmc_attention_cached, zero_out_attention
+from megatron_dmc.ops.fused import choose_kernel, dmc_attention
+from megatron_dmc.ops.noise import LogisticNoise
+from megatron_dmc.ops.reference import DMCCache, Rotary, dmc_attention_cached, zero_out_attention
 
 
 @dataclass
@@ -107,31 +109,28 @@ class DMCCoreAttention(MegatronModule):
             output, alpha = dmc_attention_cached(query, key, value, call.rotary, call.cache, **settings)
             if self.observer is not None:
                 self.observer(alpha)
-        elif self.training:
+            return output.flatten(2)
+        settings["kernel"] = choose_kernel(query) if dmc.dmc_kernel == "auto" else dmc.dmc_kernel
+        if self.training:
             noise = self._noise(key) if dmc.dmc_noise else None
             output, alpha = dmc_attention(
                 query, key, value, call.rotary, temperature=dmc.dmc_temp, noise=noise, **settings
             )
             output = self.compression.attach(output, alpha, self.layer)
+            self.compression.kernel = settings["kernel"]
         else:
             output, _ = dmc_attention(query, key, value, call.rotary, **settings)
         return output.flatten(2)
 
-    def _noise(self, key: Tensor) -> Tensor:
-        """Logistic noise `[s, b, g]`, the difference of two standard Gumbel variables.
+    def _noise(self, key: Tensor) -> LogisticNoise:
+        """Logistic noise for this pass, the difference of two standard Gumbel variables.
 
-        It comes from the default generator, whose state Megatron saves for recomputation and in checkpoints and keeps
-        equal over tensor-parallel ranks: every rank draws for all heads and takes its own, so that a head's noise does
-        not depend on the layout. That state is also equal over data-parallel ranks; there the uniform variable is
-        shifted by the rank's share of the unit interval, which keeps its distribution.
+        Its key comes from the default generator, whose state Megatron saves for recomputation and in checkpoints and
+        keeps equal over tensor-parallel ranks, so that a head's noise does not depend on the layout. That state is
+        also equal over data-parallel ranks: each has a stream of its own.
         """
-        s, b, kv_heads = key.shape[:3]
-        first = get_pg_rank(self._tp) * kv_heads
-        uniform = torch.rand(s, b, kv_heads * get_pg_size(self._tp), device=key.device)[:, :, first : first + kv_heads]
-        if parallel_state.is_initialized():
-            share = parallel_state.get_data_parallel_rank() / parallel_state.get_data_parallel_world_size()
-            uniform = (uniform + share) % 1.0
-        return torch.logit(uniform, eps=2.0**-24)  # the spacing of float32 below 1
+        stream = parallel_state.get_data_parallel_rank() if parallel_state.is_initialized() else 0
+        return LogisticNoise.draw(key.device, stream, first_head=get_pg_rank(self._tp) * key.shape[2])
 
 
 class DMCSelfAttention(SelfAttention):
@@ -211,11 +210,24 @@ class DMCSelfAttention(SelfAttention):
         return query, key, value, rotary_pos_emb, self.attn_mask_type, None
 
     def _rotary_tables(self, embedding: Any, positions: slice) -> Rotary | None:
-        """`(cos, sin)` from the angles `[s, 1 | b, 1, d_rot]` that Megatron passes, at `positions`, in float32."""
+        """`(cos, sin)` from the angles `[s, 1 | b, 1, d_rot]` that Megatron passes, at `positions`, in float32.
+
+        Megatron passes one tensor to all layers, and the same one in every step: its tables are made once.
+        """
         skip = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
         if embedding is None or skip:
             return None
         angles = embedding[0] if isinstance(embedding, tuple) else embedding
+        compression = self.core_attention.compression
+        known = compression.rotary_tables
+        if known is not None and known[0] is angles and known[1] == positions:
+            return known[2]
+        tables = self._make_rotary_tables(angles, positions)
+        if not torch.is_inference_mode_enabled():  # training could not use them later
+            compression.rotary_tables = angles, positions, tables
+        return tables
+
+    def _make_rotary_tables(self, angles: Tensor, positions: slice) -> Rotary:
         if angles.shape[0] != positions.stop - positions.start:  # a table for all positions, not for this pass alone
             angles = angles[positions]
         angles = angles.squeeze(2).float()

@@ -58,6 +58,10 @@ class Compression:
         self.target = 1.0
         self.last_channel = 1.0
         self.merge_rate: Tensor | float = 0.0  # m̄ of the last step; a tensor once a step has run
+        self.kernel: str | None = None
+        """What attention ran on last in training, one of `config.KERNELS`."""
+        self.rotary_tables: tuple | None = None
+        """The angles that Megatron passed last, their positions, and the tables made from them, for all layers."""
         self._counts: Tensor | None = None  # [2, layers]: tokens that merged, tokens
         self._loss_scale: Tensor | float = 1.0
 

@@ -15,6 +15,11 @@ CONFIG_VARIABLE = "DMC_CONFIG"
 """Environment variable that names the YAML file of settings, for scripts that do not know DMC's flags."""
 
 
+KERNELS = ("cudnn", "flash", "dense", "reference")
+"""What attention can run on in training, see `megatron_dmc.ops.fused`: cuDNN attention, PyTorch's flash kernel,
+attention written out in float32 (quadratic memory, any dtype: for tests), or the reference operations."""
+
+
 class DMCError(ValueError):
     """A mistake that its reader can mend: the message says what was given, what is allowed and what to do."""
 
@@ -39,6 +44,9 @@ class DMCConfig:
     dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
     dmc_temp: float = _setting(0.1, "temperature of the Gumbel-sigmoid decisions in training")
     dmc_noise: bool = _setting(True, "draw Gumbel noise for the decisions in training (off only to compare runs)")
+    dmc_kernel: str = _setting(
+        "auto", f"what attention runs on in training: auto, {', '.join(KERNELS)} (auto: the fastest that can)"
+    )
 
     def __post_init__(self) -> None:
         def number(name: str, allowed: str, good) -> None:
@@ -52,6 +60,8 @@ class DMCConfig:
         number("dmc_init_val", "a finite number", lambda x: abs(x) < float("inf"))
         number("dmc_window_size", "a whole number of tokens, 0 for no limit", lambda x: x == int(x) and x >= 0)
         number("dmc_temp", "a positive temperature", lambda x: 0 < x < float("inf"))
+        if self.dmc_kernel != "auto" and self.dmc_kernel not in KERNELS:
+            raise DMCError(f"dmc_kernel must be auto or one of {', '.join(KERNELS)}; got {self.dmc_kernel!r}")
         if not isinstance(self.dmc_noise, bool):
             raise DMCError(f"dmc_noise must be true or false; got {self.dmc_noise!r}")
 

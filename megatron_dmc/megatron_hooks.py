@@ -104,14 +104,18 @@ def _train_step(original, forward_step_func, data_iterator, model, optimizer, *a
     if compression is None:
         return original(forward_step_func, data_iterator, model, optimizer, *args, iteration=iteration, **kwargs)
     from megatron.training.global_vars import get_args
+    from megatron.training.utils import print_rank_0
 
     settings = get_args()
     iteration = settings.curr_iteration if iteration is None else iteration
-    if compression.iteration is None:
+    begins = compression.iteration is None
+    if begins:
         _begin_training(compression, model, iteration)
     compression.begin_step(iteration, settings.train_iters)
     losses, *rest = original(forward_step_func, data_iterator, model, optimizer, *args, iteration=iteration, **kwargs)
     report = compression.end_step()
+    if begins and compression.kernel is not None:
+        print_rank_0(f"> DMC attention runs on: {compression.kernel}")
     _log(compression, report, losses, iteration + 1)
     if compression.config.dmc_stage == "zero-out" and iteration + 1 >= settings.train_iters:
         _end_zero_out(model, optimizer)

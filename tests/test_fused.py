@@ -54,8 +54,9 @@ def run(attention, qkv, rotary, grads, dtype=None, **options):
     return [output, alpha, *(torch.zeros_like(x) if g is None else g for x, g in zip(qkv, gradients, strict=True))]
 
 
-def error(x, exact):
-    return ((x.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+def error(x, exact, floor=1e-30):
+    """Relative to the exact result, or to `floor` where that vanishes."""
+    return ((x.double() - exact).norm() / exact.norm().clamp(min=floor)).item()
 
 
 def compare(qkv, rotary, kernel, *, noise=None, seed=None, **options):
@@ -67,17 +68,23 @@ def compare(qkv, rotary, kernel, *, noise=None, seed=None, **options):
     ours = run(fused.dmc_attention, qkv, rotary, grads, kernel=kernel, noise=noise, **options)
     plain = run(reference.dmc_attention, qkv, rotary, grads, noise=sample, **options)
     report = {}
+    floor = 0.05 * grads[0].norm().item()  # what gradients are about; single tokens have none, for instance
     for name, x, y, z in zip(NAMES, ours, plain, exact, strict=True):
         assert x.isfinite().all(), f"{name} is not finite"
         assert x.dtype == y.dtype and x.shape == y.shape
         rounding = 1e-5 if name == "alpha" else ROUNDING[dtype]
-        report[name] = (error(x, z), error(y, z), rounding)
-        if not name.startswith(("alpha", "output")):  # the last channel carries other gradients than the rest
-            report[name + ", last channel"] = (error(x[..., -1], z[..., -1]), error(y[..., -1], z[..., -1]), rounding)
+        parts = {name: slice(None)}
+        if name.startswith("grad"):  # the last channel carries other gradients than the rest
+            parts = {name: slice(-1), name + ", last channel": slice(-1, None)}
+        for part, channels in parts.items() if name != "alpha" else ():
+            share = floor * (1 if channels.start is None else x.shape[-1] ** -0.5)
+            report[part] = *(error(t[..., channels], z[..., channels], share) for t in (x, y)), rounding
+        if name == "alpha":
+            report[name] = error(x, z), error(y, z), rounding
     bad = {
         name: f"{ours:.2e} (reference {plain:.2e})"
         for name, (ours, plain, rounding) in report.items()
-        if not ours <= max(3 * plain, 2 * rounding)
+        if not ours <= 3 * max(plain, rounding)
     }
     assert not bad, f"{bad} of {report}"
     return report
@@ -128,7 +135,7 @@ shapes = st.tuples(
 
 
 @gpu
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, print_blob=True, suppress_health_check=list(HealthCheck))
 @given(
     shape=shapes,
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
@@ -201,7 +208,7 @@ def test_extreme_decisions(dtype, case, temperature):
         NAMES, run(fused.dmc_attention, (q, k, v), rotary, grads, kernel=kernel, **options), exact, strict=True
     ):
         assert x.isfinite().all(), name
-        assert error(x[..., :-1], z[..., :-1]) < 3 * ROUNDING[dtype], name
+        assert error(x[..., :-1], z[..., :-1], 0.05 * grads[0].norm().item()) < 3 * ROUNDING[dtype], name
 
 
 @gpu
@@ -256,7 +263,7 @@ def test_deterministic_mode_is_bitwise_repeatable():
         for _ in range(5):
             again = run(fused.dmc_attention, qkv, rotary, grads, temperature=0.2)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-        with pytest.raises(ValueError, match="no deterministic backward pass; use 'flash'"):
+        with pytest.raises(ValueError, match="backward pass is not deterministic; use 'flash'"):
             fused.dmc_attention(*qkv, rotary, kernel="cudnn")
     finally:
         torch.use_deterministic_algorithms(False)
@@ -302,7 +309,7 @@ def test_memory_is_linear_and_little():
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        output, alpha = fused.dmc_attention(q, k, v, rotary_tables(tokens, 128), temperature=0.1)
+        output, _ = fused.dmc_attention(q, k, v, rotary_tables(tokens, 128), temperature=0.1)
         kept = torch.cuda.memory_allocated() - before
         torch.autograd.grad(output, (q, k, v), torch.randn_like(output))
         return kept, torch.cuda.max_memory_allocated() - before, q.nbytes
@@ -379,25 +386,27 @@ def test_mistakes_name_the_argument():
             query, key, value, cos, sin, noise, noise_key, 0, 0, window, 5.0, temperature, False, 0.125, 8.0
         )
 
+    wide = torch.randn(16, 1, 2, 130, device="cuda").bfloat16()
     wrong = {
         "query must be bfloat16, float16 or float32; got float64": dict(query=q.double()),
         "key must be bfloat16; got float16": dict(key=k.half()),
         "value must be .16, 1, 2, 64.; got .8, 1, 2, 64.": dict(value=v[:8]),
-        "query has 4 heads, key 3 KV heads": dict(key=torch.randn(16, 1, 3, 64, device="cuda").bfloat16()),
+        "query has 4 heads, key 3 KV heads": dict(key=q[:, :, :3]),
         "query has 32 channels": dict(query=q[..., :32]),
-        "key must have stride 1 in its last dimension": dict(key=torch.randn(16, 1, 2, 128, device="cuda").bfloat16()[..., ::2]),
-        "key must have rows that begin at multiples of 16 bytes": dict(key=torch.randn(16, 1, 2, 65, device="cuda").bfloat16()[..., :64]),
+        "key must have stride 1 in its last dimension": dict(key=wide[..., :128:2]),
+        "key must have rows that begin at multiples of 16 bytes": dict(key=wide[..., :64]),
         "cos must be float32; got bfloat16": dict(cos=cos.bfloat16()),
         "cos must be .16, 64.": dict(cos=cos[:3]),
         "cos and sin must be given together": dict(sin=None),
         "noise must be .16, 1, 2.": dict(noise=torch.zeros(16, 1, 4, device="cuda")),
+        "noise_key must be on the CUDA device": dict(noise_key=torch.zeros(1, dtype=torch.int64)),
         "noise_key must be int64": dict(noise_key=torch.zeros(1, device="cuda")),
         "window must be 1 to": dict(window=0),
         "temperature must be positive": dict(temperature=0.0),
         "noise belongs to soft decisions": dict(temperature=None, noise=torch.zeros(16, 1, 2, device="cuda")),
-    }  # fmt: skip
+    }
     for message, arguments in wrong.items():
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             prepare(**arguments)
     with pytest.raises(NotImplementedError):
         prepare(query=q.cpu(), key=k.cpu(), value=v.cpu(), cos=None, sin=None)

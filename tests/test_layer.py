@@ -250,7 +250,7 @@ def test_noise_is_logistic_and_the_same_for_a_head_in_every_layout(fresh_seed):
         collection = type("Groups", (), {"tp": Group(rank, size)})
         core = DMCCoreAttention(config(), 1, compression=None, pg_collection=collection)
         torch.cuda.manual_seed(11)
-        return core._noise(torch.zeros(500, 4, 4 // size, 8, device="cuda"))
+        return core._noise(torch.zeros(500, 4, 4 // size, 8, device="cuda")).sample(500, 4, 4 // size)
 
     whole = draw(0, 1)
     assert torch.equal(torch.cat([draw(0, 2), draw(1, 2)], -1), whole)

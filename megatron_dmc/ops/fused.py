@@ -2,10 +2,12 @@
 
 `dmc_attention` here computes what `megatron_dmc.ops.reference.dmc_attention` computes, in memory linear in the length:
 
-1. *prepare* (`csrc/prepare.cu`) makes decisions, merges keys and values and rotates. A key's bias `log(1 - α)` goes into
-   its last channel, which DMC leaves free; the queries' last channel holds the constant that multiplies it.
+1. *prepare* (`csrc/prepare.cu`) makes decisions, merges keys and values and rotates. A key's bias `log(1 - α)` goes
+   into its last channel, which DMC leaves free; the queries' last channel holds the constant that multiplies it. (So
+   the bias has the keys' precision, as the products of queries and keys have.)
 2. A causal attention kernel, cuDNN's or PyTorch's flash kernel, does the heavy part and returns the log-sum-exp.
-3. *merge_diagonal* (`csrc/merge_diagonal.cu`) adds what the kernel missed: the bias must not apply to a token's own key.
+3. *merge_diagonal* (`csrc/merge_diagonal.cu`) adds what the kernel missed: the bias must not apply to a token's own
+   key.
 
 The backward pass hands the merged output and log-sum-exp to the attention kernel's own backward pass, then adds the
 diagonal's gradients and rotates back (*merge_diagonal_backward_*), then goes through the merge
@@ -25,13 +27,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_dmc.config import KERNELS
 from megatron_dmc.ops import reference
 from megatron_dmc.ops.noise import LogisticNoise
 from megatron_dmc.ops.reference import Rotary
-
-KERNELS = ("cudnn", "flash", "dense", "reference")
-"""What can do the heavy part: cuDNN attention, PyTorch's flash kernel, attention written out in float32 (quadratic
-memory, any dtype: for tests), or nothing of this module but the reference operations."""
 
 HEAD_SIZES = (64, 96, 128, 256)
 
@@ -80,7 +79,7 @@ def dmc_attention(
         )  # fmt: skip
     _check_fused(query, key, value, rotary, noise, kernel)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if not 0 < window <= torch.ops.megatron_dmc.max_window(query.dtype, query.shape[-1]):
+    if not 0 < window <= _max_window(query.dtype, query.shape[-1]):
         return _attention_any_window(
             query, key, value, rotary, window, offset, temperature, noise, interleaved, scale, kernel
         )
@@ -105,12 +104,21 @@ def choose_kernel(query: Tensor) -> str:
         return "reference"
     if query.dtype == torch.float32:
         return "reference"
-    major, _ = torch.cuda.get_device_capability(query.device)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return "cudnn" if major >= 9 and query.shape[-1] <= 128 and _has_cudnn() and not deterministic else "flash"
+    return "flash" if _no_cudnn(query) else "cudnn"
 
 
-@functools.cache
+def _no_cudnn(query: Tensor) -> str | None:
+    """Why cuDNN's attention cannot take queries like these, or `None`. (Hopper's is the first that is worth it.)"""
+    if torch.cuda.get_device_capability(query.device)[0] < 9 or not _has_cudnn():
+        return "it needs Hopper or later and cuDNN 9"
+    if query.shape[-1] > 128 or query.shape[0] < 2:
+        return f"it takes heads of at most 128 channels and 2 tokens or more; query is {tuple(query.shape)}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "its backward pass is not deterministic"
+    return None
+
+
+@torch.compiler.assume_constant_result
 def _has_cudnn() -> bool:
     return torch.backends.cudnn.is_available() and torch.backends.cudnn.version() >= 90000
 
@@ -135,12 +143,13 @@ def _check_fused(query, key, value, rotary, noise, kernel) -> None:
         raise ValueError(f"kernel {kernel!r} cannot run: {reason}; use kernel='reference'")
     if query.dtype == torch.float32 and kernel != "dense":
         raise ValueError(f"kernel {kernel!r} takes bfloat16 and float16, query is float32; use 'dense' or 'reference'")
-    if kernel == "cudnn" and torch.are_deterministic_algorithms_enabled():
-        raise ValueError("kernel 'cudnn' has no deterministic backward pass; use 'flash', or allow it to vary")
+    if kernel == "cudnn" and (reason := _no_cudnn(query)) is not None:
+        raise ValueError(f"kernel 'cudnn' cannot run: {reason}; use 'flash'")
     for name, x in dict(query=query, key=key, value=value).items():
         if x.dtype != query.dtype or x.device != query.device:
             raise ValueError(
-                f"{name} must have query's dtype and device, {query.dtype} on {query.device}; got {x.dtype} on {x.device}"
+                f"{name} must have query's dtype and device, {query.dtype} on {query.device}; "
+                f"got {x.dtype} on {x.device}"
             )
         if x.stride(-1) != 1:
             raise ValueError(f"{name} must have stride 1 in its last dimension; its strides are {x.stride()}")
@@ -151,9 +160,14 @@ def _check_fused(query, key, value, rotary, noise, kernel) -> None:
             raise ValueError(f"{name} must be on query's device {query.device}; it is on {x.device}")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def load_extension() -> str | None:
     """Load the compiled operators; returns why there are none, or `None` when they are there."""
+    return _load_extension()
+
+
+@functools.cache
+def _load_extension() -> str | None:
     spec = find_spec("megatron_dmc._cuda")
     if spec is None or spec.origin is None:
         return (
@@ -163,6 +177,11 @@ def load_extension() -> str | None:
     torch.ops.load_library(spec.origin)
     _register_fakes()
     return None
+
+
+@torch.compiler.assume_constant_result
+def _max_window(dtype: torch.dtype, channels: int) -> int:
+    return torch.ops.megatron_dmc.max_window(dtype, channels)
 
 
 # The heavy part. Tensors are [b, h|g, s, d] views; the log-sum-exp is [b, h, s] in float32.
@@ -404,7 +423,7 @@ def _attention_any_window(
 
 
 class _BiasedAttention(torch.autograd.Function):
-    """Causal attention with a bias per key `[s, b, g]` that does not apply to a token's own key; last channels are 0."""
+    """Causal attention with a bias per key `[s, b, g]`, but not for a token's own key; last channels must be 0."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, kernel: str) -> Tensor:

@@ -85,7 +85,7 @@ def decide(key: Tensor, offset: float, temperature: float | None, noise: Tensor 
 
 
 def key_bias(keep: Tensor) -> Tensor:
-    """Of key `j`, for later queries: `log(1 - α_{j+1})`; the last key has no successor. From `log(1 - α)`, `[s, b, g]`."""
+    """Of key `j`, for later queries: `log(1 - α_{j+1})`, from `log(1 - α)` `[s, b, g]`; the last has no successor."""
     return torch.cat([keep[1:], torch.zeros_like(keep[:1])])
 
 
