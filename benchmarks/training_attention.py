@@ -19,6 +19,11 @@ import sys
 from pathlib import Path
 
 import torch
+
+try:
+    from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb as transformer_engine_rotation
+except ImportError:
+    transformer_engine_rotation = None
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -61,13 +66,9 @@ def rotations(angle):
         return (x.float() * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
 
     ways = {"torch.compile": compiled}
-    try:
-        from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
-
-        table = angle[:, None, None].float()
-        ways["transformer_engine"] = lambda x: apply_rotary_pos_emb(x, table, tensor_format="sbhd", fused=True)
-    except ImportError:
-        pass
+    if transformer_engine_rotation is not None:
+        angle = angle[:, None, None].float()
+        ways["transformer_engine"] = lambda x: transformer_engine_rotation(x, angle, tensor_format="sbhd", fused=True)
     return ways
 
 

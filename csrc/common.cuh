@@ -23,28 +23,71 @@ __device__ inline half from_float(float x) { return __float2half_rn(x); }
 template <>
 __device__ inline float from_float(float x) { return x; }
 
+// Two numbers in 32 bits, as one instruction converts them.
 template <class T>
-__device__ inline float rounded(float x) { return to_float(from_float<T>(x)); }
+__device__ inline uint32_t pack_two(float low, float high);
+template <>
+__device__ inline uint32_t pack_two<bf16>(float low, float high) {
+  const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+template <>
+__device__ inline uint32_t pack_two<half>(float low, float high) {
+  const __half2 x = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+template <class T>
+__device__ inline float2 unpack_two(uint32_t x);
+template <>
+__device__ inline float2 unpack_two<bf16>(uint32_t x) {
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
+template <>
+__device__ inline float2 unpack_two<half>(uint32_t x) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&x));
+}
 
-// N consecutive elements, aligned to their total size (at most 16 bytes a piece).
+// N consecutive elements, aligned to their total size (at most 16 bytes a piece). In words: as elements, 16-bit numbers
+// would take a register each.
 template <class T, int N>
 struct alignas(sizeof(T) * N > 16 ? 16 : sizeof(T) * N) Pack {
-  T x[N];
+  uint32_t words[sizeof(T) * N / 4];
+
+  __device__ float operator[](int i) const {
+    if constexpr (sizeof(T) == 4) return __uint_as_float(words[i]);
+    else return i % 2 ? unpack_two<T>(words[i / 2]).y : unpack_two<T>(words[i / 2]).x;
+  }
+  __device__ void set(int i, float x) {
+    if constexpr (sizeof(T) == 4) words[i] = __float_as_uint(x);
+    else words[i / 2] = i % 2 ? (words[i / 2] & 0xffffu) | pack_two<T>(0.f, x) : (words[i / 2] & 0xffff0000u) | (pack_two<T>(x, 0.f) & 0xffffu);
+  }
 };
 
 template <class T, int N>
-__device__ inline void load(const T* from, float (&to)[N]) {
-  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(from);
+__device__ inline Pack<T, N> packed(const float (&from)[N]) {
+  Pack<T, N> pack;
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = to_float(pack.x[i]);
+  for (int i = 0; i < N; ++i) {
+    if constexpr (sizeof(T) == 4) pack.words[i] = __float_as_uint(from[i]);
+    else if (i % 2) pack.words[i / 2] = pack_two<T>(from[i - 1], from[i]);
+  }
+  return pack;
+}
+
+template <class T, int N>
+__device__ inline void unpack(const Pack<T, N>& pack, float (&to)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = pack[i];
+}
+
+template <class T, int N>
+__device__ inline void load(const T* from, float (&to)[N]) {
+  unpack(*reinterpret_cast<const Pack<T, N>*>(from), to);
 }
 
 template <class T, int N>
 __device__ inline void store(T* to, const float (&from)[N]) {
-  Pack<T, N> pack;
-#pragma unroll
-  for (int i = 0; i < N; ++i) pack.x[i] = from_float<T>(from[i]);
-  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+  *reinterpret_cast<Pack<T, N>*>(to) = packed<T>(from);
 }
 
 // A row is owned by kLanes neighbouring lanes of a warp, eight channels each.
@@ -64,12 +107,29 @@ struct PairValues {
   float first[4], second[4];
 };
 
-template <int D>
-struct PairLayout {
-  int rotated;
-  bool interleaved;
+template <class T>
+struct PairPack {
+  Pack<T, 4> low, high;
 
-  __device__ PairLayout(const Rotary& rotary) : rotated(rotary.pairs), interleaved(rotary.interleaved) {}
+  __device__ float operator[](int i) const { return i < 4 ? low[i] : high[i - 4]; }
+};
+
+//
+// How channels pair up is a compile-time choice, for the registers that it saves: kHalves, (i, i + rotated) with
+// `rotated` a multiple of 4, so that four pairs are two vectors; kInterleaved, (2i, 2i + 1); kOddHalves, as kHalves with
+// any number, channel by channel.
+enum class Pairing { kHalves, kInterleaved, kOddHalves };
+
+inline Pairing pairing_of(const Rotary& rotary) {
+  return rotary.interleaved ? Pairing::kInterleaved : rotary.pairs % 4 ? Pairing::kOddHalves : Pairing::kHalves;
+}
+
+template <int D, Pairing kPairing>
+struct PairLayout {
+  static constexpr bool interleaved = kPairing == Pairing::kInterleaved;
+  int rotated;
+
+  __device__ explicit PairLayout(const Rotary& rotary) : rotated(rotary.pairs) {}
 
   __device__ int first(int pair) const {
     return interleaved ? 2 * pair : pair < rotated ? pair : pair + rotated;
@@ -77,55 +137,83 @@ struct PairLayout {
   __device__ int second(int pair) const {
     return interleaved ? 2 * pair + 1 : pair < rotated ? pair + rotated : pair + D / 2;
   }
-  // Whether pairs 4i, …, 4i + 3 are all rotated or all not.
-  __device__ bool whole() const { return rotated % 4 == 0; }
+  // Whether a table's entries for these four pairs can be read as vectors.
+  __device__ bool reads_tables(int pair) const {
+    return kPairing != Pairing::kOddHalves && (!interleaved || rotated % 4 == 0) && pair < rotated;
+  }
 
+  // As memory has them: of rotated halves four first and four second channels, interleaved eight neighbours.
   template <class T>
-  __device__ PairValues read(const T* row, int pair) const {
-    PairValues v;
-    if (interleaved) {
-      float x[2][4];
-      load(row + 2 * pair, x[0]);
-      load(row + 2 * pair + 4, x[1]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v.first[i] = x[i / 2][i % 2 * 2];
-        v.second[i] = x[i / 2][i % 2 * 2 + 1];
-      }
-    } else if (whole()) {
-      load(row + first(pair), v.first);
-      load(row + second(pair), v.second);
+  __device__ PairPack<T> read_pack(const T* row, int pair) const {
+    PairPack<T> pack = {};
+    if constexpr (kPairing != Pairing::kOddHalves) {
+      const int low = interleaved ? 2 * pair : first(pair), high = interleaved ? 2 * pair + 4 : second(pair);
+      pack.low = *reinterpret_cast<const Pack<T, 4>*>(row + low);
+      pack.high = *reinterpret_cast<const Pack<T, 4>*>(row + high);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        v.first[i] = to_float(row[first(pair + i)]);
-        v.second[i] = to_float(row[second(pair + i)]);
+        pack.low.set(i, to_float(row[first(pair + i)]));
+        pack.high.set(i, to_float(row[second(pair + i)]));
       }
+    }
+    return pack;
+  }
+
+  template <class T>
+  __device__ void write_pack(T* row, int pair, const PairPack<T>& pack) const {
+    if constexpr (kPairing != Pairing::kOddHalves) {
+      const int low = interleaved ? 2 * pair : first(pair), high = interleaved ? 2 * pair + 4 : second(pair);
+      *reinterpret_cast<Pack<T, 4>*>(row + low) = pack.low;
+      *reinterpret_cast<Pack<T, 4>*>(row + high) = pack.high;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        row[first(pair + i)] = from_float<T>(pack.low[i]);
+        row[second(pair + i)] = from_float<T>(pack.high[i]);
+      }
+    }
+  }
+
+  // Eight channels in a pack's order, as pairs.
+  __device__ PairValues paired(const float (&x)[8]) const {
+    PairValues v;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v.first[i] = x[interleaved ? 2 * i : i];
+      v.second[i] = x[interleaved ? 2 * i + 1 : i + 4];
     }
     return v;
   }
 
   template <class T>
-  __device__ void write(T* row, int pair, const PairValues& v) const {
-    if (interleaved) {
-      float x[2][4];
+  __device__ PairValues values(const PairPack<T>& pack) const {
+    float x[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = pack[i];
+    return paired(x);
+  }
+
+  template <class T>
+  __device__ PairPack<T> pack(PairValues v) const {
+    if constexpr (interleaved) {
+      const PairValues x = v;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        x[i / 2][i % 2 * 2] = v.first[i];
-        x[i / 2][i % 2 * 2 + 1] = v.second[i];
-      }
-      store(row + 2 * pair, x[0]);
-      store(row + 2 * pair + 4, x[1]);
-    } else if (whole()) {
-      store(row + first(pair), v.first);
-      store(row + second(pair), v.second);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        row[first(pair + i)] = from_float<T>(v.first[i]);
-        row[second(pair + i)] = from_float<T>(v.second[i]);
+        v.first[i] = i % 2 ? x.second[i / 2] : x.first[i / 2];
+        v.second[i] = i % 2 ? x.second[i / 2 + 2] : x.first[i / 2 + 2];
       }
     }
+    return {packed<T>(v.first), packed<T>(v.second)};
+  }
+
+  template <class T>
+  __device__ PairValues read(const T* row, int pair) const {
+    return values(read_pack(row, pair));
+  }
+  template <class T>
+  __device__ void write(T* row, int pair, const PairValues& v) const {
+    write_pack(row, pair, pack<T>(v));
   }
 
   __device__ bool has_last(int pair) const { return pair + 4 == D / 2; }
@@ -135,10 +223,10 @@ struct PairLayout {
 struct Rotation {
   PairValues cos, sin;
 
-  template <int D>
-  __device__ void read(const Rotary& rotary, const PairLayout<D>& layout, int token, int batch, int pair) {
+  template <class Layout>
+  __device__ void read(const Rotary& rotary, const Layout& layout, int token, int batch, int pair) {
     const int64_t row = token * rotary.stride.token + batch * rotary.stride.batch;
-    if (layout.whole() && pair < layout.rotated) {
+    if (layout.reads_tables(pair)) {
       cos = layout.read(rotary.cos + row, pair);
       sin = layout.read(rotary.sin + row, pair);
       return;
@@ -206,6 +294,18 @@ cudaError_t dispatch(DType dtype, int channels, F&& f) {
     case DType::kFloat: return for_size.template operator()<float>();
   }
   return cudaErrorInvalidValue;
+}
+
+// The same for kernels that rotate: f.template operator()<T, D, pairing>().
+template <class F>
+cudaError_t dispatch(DType dtype, int channels, const Rotary& rotary, F&& f) {
+  return dispatch(dtype, channels, [&]<class T, int D>() {
+    switch (pairing_of(rotary)) {
+      case Pairing::kHalves: return f.template operator()<T, D, Pairing::kHalves>();
+      case Pairing::kInterleaved: return f.template operator()<T, D, Pairing::kInterleaved>();
+      default: return f.template operator()<T, D, Pairing::kOddHalves>();
+    }
+  });
 }
 
 }  // namespace dmc

@@ -27,18 +27,18 @@ struct PrepareMemory {
   static constexpr int kTokens = kTile<T, D>;
   static constexpr int kMergedStride = D + 4;
 
-  static constexpr int floats(int back) {
-    const int rows = kTokens + back * kBlock;
-    return Coefficients::floats(rows, kTokens) + kTokens + 1 + kTokens * kMergedStride;
+  // Keys and values, later the merged keys in float32.
+  static constexpr int row_bytes(int back) {
+    const int source = 2 * Rows<T, D>::bytes(kTokens + back * kBlock), merged = 4 * kTokens * kMergedStride;
+    return source > merged ? source : merged;
   }
   static constexpr int bytes(int back) {
-    const int rows = kTokens + back * kBlock;
-    return 2 * Rows<T, D>::bytes(rows) + Rows<T, D>::bytes(kTokens) + 4 * floats(back);
+    return row_bytes(back) + 4 * (Coefficients::floats(kTokens + back * kBlock, kTokens) + kTokens + 1);
   }
 };
 
-template <class T, int D>
-__global__ void __launch_bounds__(kThreads<T, D>) prepare_kernel(const __grid_constant__ Prepare p) {
+template <class T, int D, Pairing kPairing>
+__global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3 : 1) prepare_kernel(const __grid_constant__ Prepare p) {
   using Memory = PrepareMemory<T, D>;
   constexpr int kTokens = Memory::kTokens;
   const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
@@ -49,10 +49,9 @@ __global__ void __launch_bounds__(kThreads<T, D>) prepare_kernel(const __grid_co
   const int back = blocks_back(p.window), halo = back * kBlock, rows = kTokens + halo;
 
   extern __shared__ __align__(16) char memory[];
-  const Rows<T, D> keys{reinterpret_cast<T*>(memory)}, values{keys.at(rows)}, merged_values{values.at(rows)};
-  float* floats = reinterpret_cast<float*>(merged_values.at(kTokens));
-  float* merged_keys = floats;
-  floats += kTokens * Memory::kMergedStride;
+  const Rows<T, D> keys{reinterpret_cast<T*>(memory)}, values{keys.at(rows)};
+  float* const merged_keys = reinterpret_cast<float*>(memory);  // [kTokens][kMergedStride]
+  float* floats = reinterpret_cast<float*>(memory + Memory::row_bytes(back));
   Coefficients merging(floats, rows, halo, p.window);
   float* keep = floats + Coefficients::floats(rows, kTokens);  // [kTokens + 1] log(1 - α)
 
@@ -60,8 +59,10 @@ __global__ void __launch_bounds__(kThreads<T, D>) prepare_kernel(const __grid_co
   const T* value = static_cast<const T*>(p.value) + batch * p.value_stride.batch + kv_head * p.value_stride.head;
   const T* query = static_cast<const T*>(p.query) + batch * p.query_stride.batch +
                    int64_t(kv_head) * group * p.query_stride.head;
-  copy_rows<T, D, kThreads<T, D>>(keys, key, p.key_stride.token, start - halo, rows, tokens);
   copy_rows<T, D, kThreads<T, D>>(values, value, p.value_stride.token, start - halo, rows, tokens);
+  end_of_copies();
+  copy_rows<T, D, kThreads<T, D>>(keys, key, p.key_stride.token, start - halo, rows, tokens);
+  end_of_copies();
 
   // Decisions and importance, one thread a token; one token more than the tile, for the last key's bias.
   const uint64_t noise_key = p.noise_key ? *p.noise_key : 0;
@@ -95,54 +96,86 @@ __global__ void __launch_bounds__(kThreads<T, D>) prepare_kernel(const __grid_co
   }
   __syncthreads();
   merging.tabulate(rows, thread, kThreads<T, D>);
-  wait_for_copies();
+  wait_for_copies<1>();  // the values are there
 
-  {  // Merge: even warps keys, odd warps values, 16 tokens each.
-    using P = typename Planes<T>::type;
-    const int block = back + warp / 2;
-    const Rows<T, D>& source = warp % 2 ? values : keys;
-    float sums[D / 16][2][4] = {}, total[2] = {}, between = 1.f;
+  {  // Merge: two warps share 16 tokens, each takes half of the channels, of values first and then of keys.
+    constexpr int kChunks = D / 32;
+    const int block = back + warp / 2, first_channel = warp % 2 * (D / 2), first_token = start + warp / 2 * kBlock;
+    uint32_t near[2][Planes<T>::coefficients][4];  // for the block itself and the one before: all that most windows reach
+    float total[2] = {}, between = 1.f;
     for (int other = block; other >= block - back; --other) {
-      uint32_t coefficients[Planes<T>::coefficients][4];
+      float m[2][4];
+      merging.tile(block, other, between, m);
 #pragma unroll
-      for (int reg = 0; reg < 4; ++reg) {
-        const int t = block * kBlock + tile_row(reg), j = other * kBlock + tile_column(reg);
-        const float m0 = merging(t, j, between), m1 = merging(t, j + 1, between);
-        total[reg % 2] += m0 + m1;
-        split<P>(m0, m1, coefficients, reg);
-      }
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t tile[Planes<T>::elements][4];
-        source.right(tile, other * kBlock, c * 16);
-        multiply_add_tiles<T>(sums[c], coefficients, tile);
-      }
+      for (int i = 0; i < 8; ++i) total[i % 4 / 2] += m[i / 4][i % 4];
+      if (other == block) split_tile<T>(m, near[0]);
+      if (other == block - 1) split_tile<T>(m, near[1]);
       if (other < block) between *= merging.block_product(other);
     }
     float scale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) scale[i] = 1.f / sum_over_columns(total[i]);
+
+    const auto merge = [&](const Rows<T, D>& source, float(&sums)[kChunks][2][4]) {
+      const auto add = [&](const uint32_t(&coefficients)[Planes<T>::coefficients][4], int other) {
 #pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
+        for (int c = 0; c < kChunks; ++c) {
+          uint32_t tile[Planes<T>::elements][4];
+          source.right(tile, other * kBlock, first_channel + c * 16);
+          multiply_add_tiles<T>(sums[c], coefficients, tile);
+        }
+      };
+      add(near[0], block);
+      if (back > 0) add(near[1], block - 1);
+      float between = back > 1 ? merging.block_product(block - 1) : 1.f;
+      for (int other = block - 2; other >= block - back; --other) {
+        float m[2][4];
+        uint32_t far[Planes<T>::coefficients][4];
+        merging.tile(block, other, between, m);
+        split_tile<T>(m, far);
+        add(far, other);
+        between *= merging.block_product(other);
+      }
+    };
+    {
+      float sums[kChunks][2][4] = {};
+      merge(values, sums);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = first_token + tile_row(i);
+        const int64_t index = (int64_t(token) * sequences + batch) * kv_heads + kv_head;
+        T* const row = static_cast<T*>(p.attention_value) + index * D + first_channel;
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) write_row(row + c * 16, sums[c], i, scale[i], token < tokens);
+      }
+    }
+    float sums[kChunks][2][4] = {};
+    wait_for_copies<0>();
+    merge(keys, sums);
+    __syncthreads();  // the merged keys take the place of what they were made from
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
-        const int row = warp / 2 * kBlock + tile_row(reg), channel = c * 16 + tile_column(reg);
+        const int row = warp / 2 * kBlock + tile_row(reg), channel = first_channel + c * 16 + tile_column(reg);
         const float x[2] = {sums[c][reg / 2][reg % 2 * 2] * scale[reg % 2],
                             sums[c][reg / 2][reg % 2 * 2 + 1] * scale[reg % 2]};
-        if (warp % 2)
-          store(merged_values.at(row, channel), x);
-        else
-          store(merged_keys + row * Memory::kMergedStride + channel, x);
+        store(merged_keys + row * Memory::kMergedStride + channel, x);
       }
     }
   }
-  __syncthreads();
 
-  // Rotate and write, row by row.
+  // Rotate and write, row by row; a query is on its way while the one before is worked on.
   constexpr int kRowLanes = kLanes<D>, kRowsAtOnce = kThreads<T, D> / kRowLanes;
-  const PairLayout<D> layout(p.rotary);
+  const PairLayout<D, kPairing> layout(p.rotary);
   const int pair = lane % kRowLanes * 4;
   const bool owns = pair < D / 2, has_last = layout.has_last(pair);
+  const auto read_query = [&](int row, int head) -> PairPack<T> {
+    if (!owns || row >= kTokens || start + row >= tokens) return {};
+    return layout.read_pack(query + (start + row) * p.query_stride.token + head * p.query_stride.head, pair);
+  };
+  PairPack<T> next = read_query(thread / kRowLanes, 0);
+  __syncthreads();
   for (int row = thread / kRowLanes; row < kTokens; row += kRowsAtOnce) {
     const int token = start + row;
     if (__all_sync(~0u, token >= tokens)) break;
@@ -152,61 +185,46 @@ __global__ void __launch_bounds__(kThreads<T, D>) prepare_kernel(const __grid_co
     PairValues rotated_key = {};
     if (writes) {
       rotation.read(p.rotary, layout, token, batch, pair);
-      rotated_key = rotation.apply(layout.read(merged_keys + row * Memory::kMergedStride, pair), has_last);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        rotated_key.first[i] = rounded<T>(rotated_key.first[i]);
-        rotated_key.second[i] = rounded<T>(rotated_key.second[i]);
-      }
-      PairValues with_bias = rotated_key;
-      if (has_last) with_bias.second[3] = token + 1 < tokens ? fmaxf(keep[row + 1] / p.bias.bias_per_channel, kHidden) : 0.f;
-      layout.write(static_cast<T*>(p.attention_key) + index * D, pair, with_bias);
+      PairPack<T> pack =
+          layout.template pack<T>(rotation.apply(layout.read(merged_keys + row * Memory::kMergedStride, pair), has_last));
+      rotated_key = layout.values(pack);  // as rounded
+      if (has_last)
+        pack.high.set(3, token + 1 < tokens ? fmaxf(keep[row + 1] / p.bias.bias_per_channel, kHidden) : 0.f);
+      layout.write_pack(static_cast<T*>(p.attention_key) + index * D, pair, pack);
     }
     for (int i = 0; i < group; ++i) {
+      const PairPack<T> current = next;
+      next = i + 1 < group ? read_query(row, i + 1) : read_query(row + kRowsAtOnce, 0);
       PairValues rotated = {};
       if (writes) {
-        rotated = rotation.apply(
-            layout.read(query + token * p.query_stride.token + i * p.query_stride.head, pair), has_last);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          rotated.first[j] = rounded<T>(rotated.first[j]);
-          rotated.second[j] = rounded<T>(rotated.second[j]);
-        }
-        PairValues with_channel = rotated;
-        if (has_last) with_channel.second[3] = p.bias.query_channel;
-        layout.write(static_cast<T*>(p.attention_query) + (index * group + i) * D, pair, with_channel);
+        PairPack<T> pack = layout.template pack<T>(rotation.apply(layout.values(current), has_last));
+        rotated = layout.values(pack);
+        if (has_last) pack.high.set(3, p.bias.query_channel);
+        layout.write_pack(static_cast<T*>(p.attention_query) + (index * group + i) * D, pair, pack);
       }
       const float score = p.scale * dot<D>(rotated, rotated_key);
       if (writes && pair == 0)
         p.diagonal[(int64_t(batch) * heads + kv_head * group + i) * tokens + token] = score;
     }
   }
-
-  constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece;
-  for (int i = thread; i < kTokens * kPieces; i += kThreads<T, D>) {
-    const int row = i / kPieces, channel = i % kPieces * kPiece;
-    if (start + row >= tokens) break;
-    const int64_t index = (int64_t(start + row) * sequences + batch) * kv_heads + kv_head;
-    *reinterpret_cast<uint4*>(static_cast<T*>(p.attention_value) + index * D + channel) =
-        *reinterpret_cast<const uint4*>(merged_values.at(row, channel));
-  }
 }
 
 }  // namespace
 
-template <class T, int D>
+template <class T, int D, Pairing kPairing>
 static cudaError_t launch(const Prepare& p, cudaStream_t stream) {
   const int bytes = PrepareMemory<T, D>::bytes(blocks_back(p.window));
-  if (auto error = cudaFuncSetAttribute(prepare_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+  if (auto error = cudaFuncSetAttribute(prepare_kernel<T, D, kPairing>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
   const int tiles = (p.shape.tokens + kTile<T, D> - 1) / kTile<T, D>;
-  prepare_kernel<T, D>
+  prepare_kernel<T, D, kPairing>
       <<<tiles * p.shape.batch * p.shape.kv_heads, kThreads<T, D>, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 
 cudaError_t prepare(const Prepare& p, DType dtype, cudaStream_t stream) {
-  return dispatch(dtype, p.shape.channels, [&]<class T, int D>() { return launch<T, D>(p, stream); });
+  return dispatch(dtype, p.shape.channels, p.rotary,
+                  [&]<class T, int D, Pairing kPairing>() { return launch<T, D, kPairing>(p, stream); });
 }
 
 }  // namespace dmc

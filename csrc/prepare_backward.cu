@@ -17,6 +17,9 @@ template <class T, int D>
 struct BackwardMemory {
   static constexpr int kTokens = kTile<T, D>;
 
+  // Coefficients of the nearest blocks, as the tensor cores read them: see `near_fragment`.
+  static constexpr int kFragments = kThreads<T, D> / 32 * Planes<T>::coefficients * 128;
+
   static constexpr int floats(int back) {
     const int halo = back * kBlock;
     return Coefficients::floats(kTokens + 2 * halo, kTokens + halo) + (kTokens + halo)  // inverse totals
@@ -24,12 +27,12 @@ struct BackwardMemory {
   }
   static constexpr int bytes(int back) {
     const int halo = back * kBlock;
-    return 2 * Rows<T, D>::bytes(kTokens + 2 * halo) + 2 * Rows<T, D>::bytes(kTokens + halo) + 4 * floats(back);
+    return 2 * Rows<T, D>::bytes(kTokens + 2 * halo) + 2 * Rows<T, D>::bytes(kTokens + halo) + 4 * (kFragments + floats(back));
   }
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads<T, D>) backward_kernel(const __grid_constant__ PrepareBackward p) {
+__global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 2 : 1) backward_kernel(const __grid_constant__ PrepareBackward p) {
   constexpr int kTokens = BackwardMemory<T, D>::kTokens, kBlocks = kTokens / kBlock, kWarps = kThreads<T, D> / 32;
   const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
   const int group = heads / kv_heads;
@@ -43,7 +46,8 @@ __global__ void __launch_bounds__(kThreads<T, D>) backward_kernel(const __grid_c
   extern __shared__ __align__(16) char memory[];
   const Rows<T, D> keys{reinterpret_cast<T*>(memory)}, values{keys.at(rows)};
   const Rows<T, D> grad_keys{values.at(rows)}, grad_values{grad_keys.at(grad_rows)};
-  float* floats = reinterpret_cast<float*>(grad_values.at(grad_rows));
+  uint32_t* const fragments = reinterpret_cast<uint32_t*>(grad_values.at(grad_rows));
+  float* floats = reinterpret_cast<float*>(fragments + BackwardMemory<T, D>::kFragments);
   Coefficients merging(floats, rows, halo, p.window);
   float* inverse_total = floats + Coefficients::floats(rows, grad_rows);  // [grad_rows] 1/Z
   float* column_sums = inverse_total + grad_rows;        // [back + 1][kTokens] Σ_t m E, by blocks between t and j
@@ -56,66 +60,168 @@ __global__ void __launch_bounds__(kThreads<T, D>) backward_kernel(const __grid_c
   const int64_t row_offset = (int64_t(batch) * kv_heads + kv_head) * D, row_stride = int64_t(sequences) * kv_heads * D;
   const T* grad_merged_key = static_cast<const T*>(p.grad_merged_key) + row_offset;
   const T* grad_merged_value = static_cast<const T*>(p.grad_merged_value) + row_offset;
-  copy_rows<T, D, kThreads<T, D>>(keys, key, p.key_stride.token, start - halo, rows, tokens);
-  copy_rows<T, D, kThreads<T, D>>(values, value, p.value_stride.token, start - halo, rows, tokens);
   copy_rows<T, D, kThreads<T, D>>(grad_keys, grad_merged_key, row_stride, start, grad_rows, tokens);
+  copy_rows<T, D, kThreads<T, D>>(keys, key, p.key_stride.token, start - halo, rows, tokens);
+  end_of_copies();
   copy_rows<T, D, kThreads<T, D>>(grad_values, grad_merged_value, row_stride, start, grad_rows, tokens);
+  copy_rows<T, D, kThreads<T, D>>(values, value, p.value_stride.token, start - halo, rows, tokens);
+  end_of_copies();
 
+  const float inverse_temperature = p.temperature == 0.f ? 0.f : 1.f / p.temperature;  // hard decisions: no gradient
   for (int row = thread; row < rows; row += kThreads<T, D>) {
     const int token = start - halo + row;
     const bool exists = token >= 0 && token < tokens;
-    merging.alpha[row] = exists ? p.alpha[scalar_index(token)] : 0.f;
+    const float alpha = exists ? p.alpha[scalar_index(token)] : 0.f;
+    merging.alpha[row] = alpha;
     merging.weight[row] = exists ? p.weight[scalar_index(token)] : 0.f;
+    if (row < halo || row >= halo + kTokens) continue;
+    // What reaches the decision past the merge: α = sigmoid(a/τ), and the key before is biased by log(1 - α).
+    float direct = 0.f;
+    if (exists && token > 0) {
+      direct = -alpha * p.grad_bias[scalar_index(token - 1)];
+      if (p.grad_alpha)
+        direct += (1.f - alpha) * alpha *
+                  p.grad_alpha[token * p.grad_alpha_stride.token + batch * p.grad_alpha_stride.batch +
+                               kv_head * p.grad_alpha_stride.head];
+    }
+    grad_logit[row - halo] = direct * inverse_temperature;
   }
   __syncthreads();
   merging.tabulate(rows, thread, kThreads<T, D>);
-  wait_for_copies();
+  __syncthreads();
+  for (int row = thread; row < grad_rows; row += kThreads<T, D>) {
+    const int t = row + halo, block = t / kBlock;
+    float total = 0.f, between = 1.f;
+#pragma unroll
+    for (int i = 0; i < kBlock; i += 4) {
+      const float4 m = *reinterpret_cast<const float4*>(merging.inside + row * Coefficients::kStride + i);
+      total += m.x + m.y + m.z + m.w;
+    }
+    for (int other = block - 1; other >= block - back; --other) {
+      const float lead = merging.leading[t] * between;
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i)
+        total += t - other * kBlock - i < p.window ? lead * merging.behind[other * kBlock + i] : 0.f;
+      between *= merging.block_product(other);
+    }
+    inverse_total[row] = total > 0.f ? 1.f / total : 0.f;  // rows behind the sequence have no weights
+  }
+  __syncthreads();
 
-  // Products G_t x_j and what follows from them, 16 tokens t a warp.
-  const auto products = [&](int block, int other, float(&to)[2][4]) {
-    float by_key[2][4] = {}, by_value[2][4] = {};  // two chains of dependent multiplications instead of one
-    const int grad_row = block * kBlock - halo;
+  // m(t, j) / Z_t with rows j and columns t, as a left operand.
+  using Fragment = uint32_t[Planes<T>::coefficients][4];
+  const auto transposed = [&](int t_block, int j_block, float between, Fragment& to) {
+    float m[2][4];
+    merging.transposed_tile(t_block, j_block, between, m);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      m[i / 4][i % 4] *= inverse_total[t_block * kBlock + tile_column(i / 4 * 2) + i % 2 - halo];
+    split_tile<T>(m, to);
+  };
+  // Every block j meets itself and the next; four warps would compute each of these tiles, so one does for all.
+  const auto near_fragment = [&](int j_block, int distance, int plane) {
+    const int tile = (j_block - back) * 2 + distance;
+    return reinterpret_cast<uint4*>(fragments + ((tile * Planes<T>::coefficients + plane) * 32 + lane) * 4);
+  };
+  if (warp % 2 <= back) {
+    Fragment mine;
+    transposed(back + warp / 2 + warp % 2, back + warp / 2, 1.f, mine);
+#pragma unroll
+    for (int n = 0; n < Planes<T>::coefficients; ++n)
+      *near_fragment(back + warp / 2, warp % 2, n) = make_uint4(mine[n][0], mine[n][1], mine[n][2], mine[n][3]);
+  }
+
+  // Products G_t x_j of 16 tokens t and 16 tokens j.
+  const auto add_products = [&](const Rows<T, D>& left_rows, const Rows<T, D>& right_rows, int block, int other,
+                                float(&to)[2][4]) {
 #pragma unroll
     for (int c = 0; c < D; c += 16) {
       uint32_t left[Planes<T>::elements][4], right[Planes<T>::elements][4];
-      grad_keys.left(left, grad_row, c);
-      keys.right_transposed(right, other * kBlock, c);
-      multiply_add_tiles<T>(by_key, left, right);
-      grad_values.left(left, grad_row, c);
-      values.right_transposed(right, other * kBlock, c);
-      multiply_add_tiles<T>(by_value, left, right);
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) to[i / 4][i % 4] = by_key[i / 4][i % 4] + by_value[i / 4][i % 4];
-  };
-  const auto coefficients = [&](int block, int other, float between, float(&to)[2][4]) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int reg = i / 2;
-      to[reg / 2][reg % 2 * 2 + i % 2] =
-          merging(block * kBlock + tile_row(reg), other * kBlock + tile_column(reg) + i % 2, between);
+      left_rows.left(left, block * kBlock - halo, c);
+      right_rows.right_transposed(right, other * kBlock, c);
+      multiply_add_tiles<T>(to, left, right);
     }
   };
+  // Gradients of 16 tokens' keys or values, half of their channels.
+  const auto spread = [&](const Rows<T, D>& source, T* to, int block, int first_channel) {
+    constexpr int kChunks = D / 32;
+    float sums[kChunks][2][4] = {}, between = 1.f;
+    for (int other = block; other <= block + back; ++other) {
+      Fragment coefficients;
+      if (other < block + 2) {
+#pragma unroll
+        for (int n = 0; n < Planes<T>::coefficients; ++n) {
+          const uint4 x = *near_fragment(block, other - block, n);
+          coefficients[n][0] = x.x, coefficients[n][1] = x.y, coefficients[n][2] = x.z, coefficients[n][3] = x.w;
+        }
+      } else {
+        transposed(other, block, between, coefficients);
+      }
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        uint32_t tile[Planes<T>::elements][4];
+        source.right(tile, other * kBlock - halo, first_channel + c * 16);
+        multiply_add_tiles<T>(sums[c], coefficients, tile);
+      }
+      if (other > block) between *= merging.block_product(other);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = start + (block - back) * kBlock + tile_row(i);
+      T* const row = to + token * row_stride + row_offset + first_channel;
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) write_row(row + c * 16, sums[c], i, 1.f, token < tokens);
+    }
+  };
+
+  // Keys first, while values are on their way. A warp's first task is the products of one block t with itself and the
+  // block before, all that a window of 17 reaches; then there are gradients to spread.
+  float near[2][2][4] = {};
+  const int weighed = kBlocks + back;  // blocks t: in the tile, and those that its tokens reach
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half == 0) wait_for_copies<1>();
+    else wait_for_copies<0>();
+    const Rows<T, D>&x = half ? values : keys, &gradients = half ? grad_values : grad_keys;
+    if (warp < weighed) {
+      add_products(gradients, x, back + warp, back + warp, near[0]);
+      if (back > 0) add_products(gradients, x, back + warp, back + warp - 1, near[1]);
+    }
+    const int idle = weighed < kWarps ? kWarps - weighed : 0;  // warps without products begin
+    for (int task = (warp + idle) % kWarps; task < 2 * kBlocks; task += kWarps)
+      spread(gradients, static_cast<T*>(half ? p.grad_value : p.grad_key), back + task / 2, task % 2 * (D / 2));
+  }
+
   for (int block = back + warp; block < 2 * back + kBlocks; block += kWarps) {
-    float near[2][2][4];  // the products with the block itself and the one before: all that a window of 17 reaches
-    float total[2] = {}, mean[2] = {}, between = 1.f;
+    const auto products = [&](int other, float(&to)[2][4]) {
+      add_products(grad_keys, keys, block, other, to);
+      add_products(grad_values, values, block, other, to);
+    };
+    if (block != back + warp) {  // a long window: more blocks than warps
+      for (int i = 0; i < 2; ++i)
+        for (int j = 0; j < 8; ++j) near[i][j / 4][j % 4] = 0.f;
+      products(block, near[0]);
+      products(block - 1, near[1]);
+    }
+    float mean[2] = {}, between = 1.f;
+    const float inverse[2] = {inverse_total[block * kBlock - halo + tile_row(0)],
+                              inverse_total[block * kBlock - halo + tile_row(1)]};
     for (int pass = 0; pass < 2; ++pass) {
       float crossing_sum = 0.f;
       between = 1.f;
       const auto visit = [&](int other, const float(&product)[2][4]) {
         float m[2][4];
-        coefficients(block, other, between, m);
+        merging.tile(block, other, between, m);
         if (other < block) between *= merging.block_product(other);
         if (pass == 0) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            total[i % 4 / 2] += m[i / 4][i % 4];
             mean[i % 4 / 2] += m[i / 4][i % 4] * product[i / 4][i % 4];
           }
           return;
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) m[i / 4][i % 4] *= (product[i / 4][i % 4] - mean[i % 4 / 2]) * total[i % 4 / 2];
+        for (int i = 0; i < 8; ++i) m[i / 4][i % 4] *= (product[i / 4][i % 4] - mean[i % 4 / 2]) * inverse[i % 4 / 2];
         if (other < back) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) crossing_sum += m[i / 4][i % 4];
@@ -128,24 +234,17 @@ __global__ void __launch_bounds__(kThreads<T, D>) backward_kernel(const __grid_c
           }
         }
       };
-      if (pass == 0) products(block, block, near[0]);
       visit(block, near[0]);
-      if (back > 0) {
-        if (pass == 0) products(block, block - 1, near[1]);
-        visit(block - 1, near[1]);
-      }
+      if (back > 0) visit(block - 1, near[1]);
       for (int other = block - 2; other >= block - back; --other) {
-        float far[2][4];
-        products(block, other, far);
+        float far[2][4] = {};
+        products(other, far);
         visit(other, far);
       }
       if (pass == 0) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          total[i] = sum_over_columns(total[i]);
-          total[i] = total[i] > 0.f ? 1.f / total[i] : 0.f;  // rows behind the sequence have no weights
-          mean[i] = sum_over_columns(mean[i]) * total[i];
-          if (lane % 4 == 0) inverse_total[block * kBlock - halo + lane / 4 + i * 8] = total[i];
+          mean[i] = sum_over_columns(mean[i]) * inverse[i];
         }
       } else {
         crossing_sum = sum_over_rows(sum_over_columns(crossing_sum));
@@ -179,77 +278,28 @@ __global__ void __launch_bounds__(kThreads<T, D>) backward_kernel(const __grid_c
       const bool further_restarts = __shfl_up_sync(~0u, before_restarts, step);
       if (lane >= step && !before_restarts) before += further, before_restarts = further_restarts;
     }
-    const float inverse_temperature = p.temperature == 0.f ? 0.f : 1.f / p.temperature;  // hard decisions: no gradient
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int row = lane * kEach + i, token = start + row;
-      if (row >= kTokens || token >= tokens) continue;
-      const float alpha = merging.alpha[halo + row], weight = merging.weight[halo + row];
+      const int row = lane * kEach + i;
+      if (row >= kTokens) continue;
+      const float alpha = merging.alpha[halo + row], weight = merging.weight[halo + row], sigmoid = weight - 0x1p-7f;
       if (appends(row)) before = 0.f;
-      float logit = 0.f;
-      if (token > 0) {
-        float from_alpha = before;
-        if (p.grad_alpha)
-          from_alpha += alpha * p.grad_alpha[token * p.grad_alpha_stride.token + batch * p.grad_alpha_stride.batch +
-                                             kv_head * p.grad_alpha_stride.head];
-        // α = sigmoid(a/τ); the key before is biased by log(1 - α).
-        logit = ((1.f - alpha) * from_alpha - alpha * p.grad_bias[scalar_index(token - 1)]) * inverse_temperature;
-      }
-      const float sigmoid = weight - 0x1p-7f;
-      grad_logit[row] = logit;
+      grad_logit[row] += (1.f - alpha) * before * inverse_temperature;
       grad_last[row] = own[i] / weight * sigmoid * (1.f - sigmoid) / group;
       before += own[i];
     }
   }
-
-  {  // Gradients of keys and values: even warps keys, odd warps values, 16 tokens each.
-    using P = typename Planes<T>::type;
-    const int block = back + warp / 2;
-    const Rows<T, D>& source = warp % 2 ? grad_values : grad_keys;
-    const Rows<T, D>& to = warp % 2 ? values : keys;  // no one reads these any more
-    float sums[D / 16][2][4] = {}, between = 1.f;
-    for (int other = block; other <= block + back; ++other) {
-      uint32_t transposed[Planes<T>::coefficients][4];
-#pragma unroll
-      for (int reg = 0; reg < 4; ++reg) {
-        const int j = block * kBlock + tile_row(reg), t = other * kBlock + tile_column(reg);
-        split<P>(merging(t, j, between) * inverse_total[t - halo],
-                 merging(t + 1, j, between) * inverse_total[t + 1 - halo], transposed, reg);
-      }
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t tile[Planes<T>::elements][4];
-        source.right(tile, other * kBlock - halo, c * 16);
-        multiply_add_tiles<T>(sums[c], transposed, tile);
-      }
-      if (other > block) between *= merging.block_product(other);
-    }
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-#pragma unroll
-      for (int reg = 0; reg < 4; ++reg) {
-        const float x[2] = {sums[c][reg / 2][reg % 2 * 2], sums[c][reg / 2][reg % 2 * 2 + 1]};
-        store(to.at(warp / 2 * kBlock + tile_row(reg), c * 16 + tile_column(reg)), x);
-      }
-    }
-  }
   __syncthreads();
 
-  constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece;
-  for (int i = thread; i < kTokens * kPieces; i += kThreads<T, D>) {
-    const int row = i / kPieces, channel = i % kPieces * kPiece;
+  // The last channels, in place of what the products left there.
+  for (int i = thread; i < kTokens * (group + 1); i += kThreads<T, D>) {
+    const int row = i / (group + 1), head = i % (group + 1);
     if (start + row >= tokens) break;
-    const int64_t to = (start + row) * row_stride + row_offset + channel;
-    if (channel + kPiece == D) *keys.at(row, D - 1) = from_float<T>(grad_logit[row]);
-    *reinterpret_cast<uint4*>(static_cast<T*>(p.grad_key) + to) = *reinterpret_cast<const uint4*>(keys.at(row, channel));
-    *reinterpret_cast<uint4*>(static_cast<T*>(p.grad_value) + to) =
-        *reinterpret_cast<const uint4*>(values.at(row, channel));
-  }
-  for (int i = thread; i < kTokens * group; i += kThreads<T, D>) {
-    const int row = i / group;
-    if (start + row >= tokens) break;
-    static_cast<T*>(p.grad_query)[(scalar_index(start + row) * group + i % group) * D + D - 1] =
-        from_float<T>(grad_last[row]);
+    const int64_t index = scalar_index(start + row);
+    if (head == group)
+      static_cast<T*>(p.grad_key)[index * D + D - 1] = from_float<T>(grad_logit[row]);
+    else
+      static_cast<T*>(p.grad_query)[(index * group + head) * D + D - 1] = from_float<T>(grad_last[row]);
   }
 }
 

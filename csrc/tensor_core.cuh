@@ -20,22 +20,24 @@ struct Planes<float> {
   static constexpr int elements = 3, coefficients = 3;
 };
 
-template <class P>
-__device__ inline uint32_t pack_bits(P low, P high) {
-  return uint32_t(*reinterpret_cast<unsigned short*>(&low)) |
-         uint32_t(*reinterpret_cast<unsigned short*>(&high)) << 16;
-}
-
 // Two float32 numbers as N planes of register pairs.
 template <class P, int N>
 __device__ inline void split(float low, float high, uint32_t (&planes)[N][4], int reg) {
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const P a = from_float<P>(low), b = from_float<P>(high);
-    planes[n][reg] = pack_bits(a, b);
-    low -= to_float(a);
-    high -= to_float(b);
+    planes[n][reg] = pack_two<P>(low, high);
+    const float2 held = unpack_two<P>(planes[n][reg]);
+    low -= held.x;
+    high -= held.y;
   }
+}
+
+// A tile laid out as an accumulator, as a left operand.
+template <class T>
+__device__ inline void split_tile(const float (&m)[2][4], uint32_t (&planes)[Planes<T>::coefficients][4]) {
+#pragma unroll
+  for (int reg = 0; reg < 4; ++reg)
+    split<typename Planes<T>::type>(m[reg / 2][reg % 2 * 2], m[reg / 2][reg % 2 * 2 + 1], planes, reg);
 }
 
 __device__ inline void multiply_add(bf16, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -123,22 +125,47 @@ struct Rows {
   }
 };
 
+// Write one row of an accumulator's 16 channels, of the tile's upper or lower eight rows, 32 bytes at once.
+template <class T>
+__device__ inline void write_row(T* to, const float (&c)[2][4], int lower, float scale, bool exists) {
+  const int quad = threadIdx.x % 4, e = lower * 2;
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t left = pack_two<T>(c[0][e] * scale, c[0][e + 1] * scale);
+    const uint32_t right = pack_two<T>(c[1][e] * scale, c[1][e + 1] * scale);
+    const bool odd = quad % 2;
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
+    if (exists) *reinterpret_cast<uint2*>(to + (odd ? 6 : 0) + 2 * quad) = odd ? make_uint2(other, right) : make_uint2(left, other);
+  } else if (exists) {
+    *reinterpret_cast<float2*>(to + 2 * quad) = make_float2(c[0][e] * scale, c[0][e + 1] * scale);
+    *reinterpret_cast<float2*>(to + 8 + 2 * quad) = make_float2(c[1][e] * scale, c[1][e + 1] * scale);
+  }
+}
+
 // Copy rows [first, first + count) of one sequence and head into shared memory, asynchronously; rows that the sequence
 // does not have become 0.
 template <class T, int D, int kThreads>
 __device__ inline void copy_rows(Rows<T, D> to, const T* from, int64_t token_stride, int first, int count, int tokens) {
-  constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece;
-  for (int i = threadIdx.x; i < count * kPieces; i += kThreads) {
-    const int row = i / kPieces, channel = i % kPieces * kPiece, token = first + row;
+  constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece, kAtOnce = kThreads / kPieces;
+  const int thread = threadIdx.x, channel = thread % kPieces * kPiece;
+  if (thread >= kAtOnce * kPieces) return;
+  int row = thread / kPieces, token = first + row;
+  const T* source = from + token * token_stride + channel;
+  uint32_t address = __cvta_generic_to_shared(to.at(row, channel));
+  for (; row < count; row += kAtOnce, token += kAtOnce) {
     const bool exists = token >= 0 && token < tokens;
-    const uint32_t address = __cvta_generic_to_shared(to.at(row, channel));
-    const T* source = from + (exists ? token * token_stride : 0) + channel;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(exists ? 16 : 0));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(exists ? source : from),
+                 "r"(exists ? 16 : 0));
+    source += kAtOnce * token_stride;
+    address += kAtOnce * Rows<T, D>::kStride * sizeof(T);
   }
 }
 
+__device__ inline void end_of_copies() { asm volatile("cp.async.commit_group;"); }
+
+// Until all but the last `kPending` groups of copies have arrived, for all threads.
+template <int kPending>
 __device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
   __syncthreads();
 }
 

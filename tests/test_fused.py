@@ -68,7 +68,8 @@ def compare(qkv, rotary, kernel, *, noise=None, seed=None, **options):
     ours = run(fused.dmc_attention, qkv, rotary, grads, kernel=kernel, noise=noise, **options)
     plain = run(reference.dmc_attention, qkv, rotary, grads, noise=sample, **options)
     report = {}
-    floor = 0.05 * grads[0].norm().item()  # what gradients are about; single tokens have none, for instance
+    # What gradients are about. A lone token has none, a few tokens that agree hardly any, and rounding remains.
+    floor = (0.05 + 1 / len(qkv[0])) * grads[0].norm().item()
     for name, x, y, z in zip(NAMES, ours, plain, exact, strict=True):
         assert x.isfinite().all(), f"{name} is not finite"
         assert x.dtype == y.dtype and x.shape == y.shape
@@ -84,7 +85,7 @@ def compare(qkv, rotary, kernel, *, noise=None, seed=None, **options):
     bad = {
         name: f"{ours:.2e} (reference {plain:.2e})"
         for name, (ours, plain, rounding) in report.items()
-        if not ours <= 3 * max(plain, rounding)
+        if not ours <= max(3 * plain, 5 * rounding)
     }
     assert not bad, f"{bad} of {report}"
     return report

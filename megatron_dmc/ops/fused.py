@@ -120,7 +120,11 @@ def _no_cudnn(query: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _has_cudnn() -> bool:
-    return torch.backends.cudnn.is_available() and torch.backends.cudnn.version() >= 90000
+    try:
+        return torch.backends.cudnn.is_available() and torch.backends.cudnn.version() >= 90000
+    except RuntimeError as error:  # another cuDNN was loaded before torch's own
+        warnings.warn(f"DMC attention runs on the flash kernel, because torch cannot use cuDNN: {error}", stacklevel=2)
+        return False
 
 
 def _unsupported(query: Tensor) -> str | None:
