@@ -62,7 +62,7 @@ def run(shape: str, flags: list[str], layers: int, iterations: int) -> dict:
     if done.returncode or len(steps) < iterations:
         raise SystemExit(f"{' '.join(command[2:])} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     times = [steps[n][0] for n in sorted(steps)][max(4, iterations // 3) :]
-    ratio = re.search(r"dmc compression ratio: ([0-9.E+-]+)", steps[max(steps)][1])
+    ratio = re.search(r"\| compression ratio: ([0-9.E+-]+)", steps[max(steps)][1])
     kernel = re.search(r"DMC attention runs on: (\w+)", done.stdout)
     return dict(
         ms=statistics.median(times),

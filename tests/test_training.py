@@ -260,3 +260,19 @@ def test_transformer_engine_stages(tmp_path):
         assert all(math.isfinite(loss) for loss in run.values("lm loss"))
         start = stage
     assert os.path.isdir(tmp_path / "finetune" / "iter_0000004")
+
+
+@pytest.mark.gpu
+def test_training_on_the_kernels_follows_the_reference(tmp_path):
+    """The same noise, data and weights: losses and ratios of a retrofit stay together in bfloat16."""
+    flags = """--num-layers 2 --hidden-size 256 --num-attention-heads 4 --num-query-groups 2 --seq-length 512
+        --max-position-embeddings 512 --transformer-impl transformer_engine --bf16 --init-method-std 0.05 --lr 1e-3
+        --train-iters 30 --dmc-stage retrofit --dmc-cr 4 --dmc-init-val 0.3 --dmc-temp 0.3""".split()
+    runs = {kernel: train(*flags, "--dmc-kernel", kernel) for kernel in ("reference", "auto", "flash")}
+    assert "DMC attention runs on: cudnn" in runs["auto"].output
+    expected = runs.pop("reference")
+    assert max(expected.values("compression ratio")) > 1.5
+    for run in runs.values():
+        for name, tolerance in (("lm loss", 0.02), ("compression ratio", 0.03)):
+            for ours, theirs in zip(run.values(name), expected.values(name), strict=True):
+                assert abs(ours / theirs - 1) < tolerance, (name, run.values(name), expected.values(name))
