@@ -25,11 +25,13 @@ __global__ void __launch_bounds__(kThreads, 6) merge_diagonal_kernel(const __gri
   const T* const values = static_cast<const T*>(p.attention_value) + kv_offset + channel;
   T* const outputs = static_cast<T*>(p.output) + batch * p.output_stride.batch + head * p.output_stride.head + channel;
   const int first = blockIdx.x / head_blocks * kTokens + row / kHeads;
+  T next = first < tokens ? keys[first * kv_stride] : T{};
 #pragma unroll 1  // unrolled, it would need more registers, and fewer rows would be under way
   for (int i = 0; i < kTokens / kTokensAtOnce; ++i) {
-    const int token = first + i * kTokensAtOnce;
+    const int token = first + i * kTokensAtOnce, following = token + kTokensAtOnce;
     if (token >= tokens) return;
-    const float missing = -expm1f(p.bias_per_channel * to_float(keys[token * kv_stride]));
+    const float missing = -expm1f(p.bias_per_channel * to_float(next));
+    if (following < tokens) next = keys[following * kv_stride];
     if (missing == 0.f) continue;
     T* const to = outputs + token * p.output_stride.token;
     float* const lse = p.logsumexp + int64_t(sequence_head) * tokens + token;

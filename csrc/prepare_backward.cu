@@ -22,17 +22,18 @@ struct BackwardMemory {
 
   static constexpr int floats(int back) {
     const int halo = back * kBlock;
-    return Coefficients::floats(kTokens + 2 * halo, kTokens + halo) + (kTokens + halo)  // inverse totals
+    return (kTokens / kBlock + back) * (back + 1) * kBlock * kBlock  // products
+           + Coefficients::floats(kTokens + 2 * halo, kTokens + halo) + (kTokens + halo)  // inverse totals
            + (back + 1) * kTokens + kTokens / kBlock + back + 2 * kTokens;
   }
   static constexpr int bytes(int back) {
     const int halo = back * kBlock;
-    return 2 * Rows<T, D>::bytes(kTokens + 2 * halo) + 2 * Rows<T, D>::bytes(kTokens + halo) + 4 * (kFragments + floats(back));
+    return Rows<T, D>::bytes(kTokens + 2 * halo) + Rows<T, D>::bytes(kTokens + halo) + 4 * (kFragments + floats(back));
   }
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 2 : 1) backward_kernel(const __grid_constant__ PrepareBackward p) {
+__global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3 : 1) backward_kernel(const __grid_constant__ PrepareBackward p) {
   constexpr int kTokens = BackwardMemory<T, D>::kTokens, kBlocks = kTokens / kBlock, kWarps = kThreads<T, D> / 32;
   const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
   const int group = heads / kv_heads;
@@ -44,10 +45,11 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 2
   const auto scalar_index = [&](int token) { return (int64_t(token) * sequences + batch) * kv_heads + kv_head; };
 
   extern __shared__ __align__(16) char memory[];
-  const Rows<T, D> keys{reinterpret_cast<T*>(memory)}, values{keys.at(rows)};
-  const Rows<T, D> grad_keys{values.at(rows)}, grad_values{grad_keys.at(grad_rows)};
-  uint32_t* const fragments = reinterpret_cast<uint32_t*>(grad_values.at(grad_rows));
-  float* floats = reinterpret_cast<float*>(fragments + BackwardMemory<T, D>::kFragments);
+  // Keys and their gradients first, then values and theirs.
+  const Rows<T, D> sources{reinterpret_cast<T*>(memory)}, gradients{sources.at(rows)};
+  uint32_t* const fragments = reinterpret_cast<uint32_t*>(gradients.at(grad_rows));
+  float* const products = reinterpret_cast<float*>(fragments + BackwardMemory<T, D>::kFragments);
+  float* floats = products + (kBlocks + back) * (back + 1) * kBlock * kBlock;
   Coefficients merging(floats, rows, halo, p.window);
   float* inverse_total = floats + Coefficients::floats(rows, grad_rows);  // [grad_rows] 1/Z
   float* column_sums = inverse_total + grad_rows;        // [back + 1][kTokens] Σ_t m E, by blocks between t and j
@@ -60,12 +62,14 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 2
   const int64_t row_offset = (int64_t(batch) * kv_heads + kv_head) * D, row_stride = int64_t(sequences) * kv_heads * D;
   const T* grad_merged_key = static_cast<const T*>(p.grad_merged_key) + row_offset;
   const T* grad_merged_value = static_cast<const T*>(p.grad_merged_value) + row_offset;
-  copy_rows<T, D, kThreads<T, D>>(grad_keys, grad_merged_key, row_stride, start, grad_rows, tokens);
-  copy_rows<T, D, kThreads<T, D>>(keys, key, p.key_stride.token, start - halo, rows, tokens);
-  end_of_copies();
-  copy_rows<T, D, kThreads<T, D>>(grad_values, grad_merged_value, row_stride, start, grad_rows, tokens);
-  copy_rows<T, D, kThreads<T, D>>(values, value, p.value_stride.token, start - halo, rows, tokens);
-  end_of_copies();
+  const auto copy = [&](bool of_values) {
+    copy_rows<T, D, kThreads<T, D>>(gradients, of_values ? grad_merged_value : grad_merged_key, row_stride, start,
+                                    grad_rows, tokens);
+    copy_rows<T, D, kThreads<T, D>>(sources, of_values ? value : key,
+                                    of_values ? p.value_stride.token : p.key_stride.token, start - halo, rows, tokens);
+    end_of_copies();
+  };
+  copy(false);
 
   const float inverse_temperature = p.temperature == 0.f ? 0.f : 1.f / p.temperature;  // hard decisions: no gradient
   for (int row = thread; row < rows; row += kThreads<T, D>) {
@@ -131,19 +135,29 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 2
       *near_fragment(back + warp / 2, warp % 2, n) = make_uint4(mine[n][0], mine[n][1], mine[n][2], mine[n][3]);
   }
 
-  // Products G_t x_j of 16 tokens t and 16 tokens j.
-  const auto add_products = [&](const Rows<T, D>& left_rows, const Rows<T, D>& right_rows, int block, int other,
-                                float(&to)[2][4]) {
+  // Products G_t x_j of 16 tokens t and 16 tokens j, `distance` blocks apart, summed over keys and values.
+  const auto product_tile = [&](int t_block, int distance) {
+    const int tile = (t_block - back) * (back + 1) + distance;
+    return reinterpret_cast<float4*>(products + tile * kBlock * kBlock + lane * 8);
+  };
+  const auto multiply = [&](int t_block, int distance, bool of_values) {
+    float sum[2][4] = {};
 #pragma unroll
     for (int c = 0; c < D; c += 16) {
       uint32_t left[Planes<T>::elements][4], right[Planes<T>::elements][4];
-      left_rows.left(left, block * kBlock - halo, c);
-      right_rows.right_transposed(right, other * kBlock, c);
-      multiply_add_tiles<T>(to, left, right);
+      gradients.left(left, t_block * kBlock - halo, c);
+      sources.right_transposed(right, (t_block - distance) * kBlock, c);
+      multiply_add_tiles<T>(sum, left, right);
+    }
+    float4* const to = product_tile(t_block, distance);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float4 before = of_values ? to[n] : make_float4(0.f, 0.f, 0.f, 0.f);
+      to[n] = make_float4(before.x + sum[n][0], before.y + sum[n][1], before.z + sum[n][2], before.w + sum[n][3]);
     }
   };
   // Gradients of 16 tokens' keys or values, half of their channels.
-  const auto spread = [&](const Rows<T, D>& source, T* to, int block, int first_channel) {
+  const auto spread = [&](T* to, int block, int first_channel) {
     constexpr int kChunks = D / 32;
     float sums[kChunks][2][4] = {}, between = 1.f;
     for (int other = block; other <= block + back; ++other) {
@@ -160,7 +174,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 2
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         uint32_t tile[Planes<T>::elements][4];
-        source.right(tile, other * kBlock - halo, first_channel + c * 16);
+        gradients.right(tile, other * kBlock - halo, first_channel + c * 16);
         multiply_add_tiles<T>(sums[c], coefficients, tile);
       }
       if (other > block) between *= merging.block_product(other);
@@ -174,54 +188,44 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 2
     }
   };
 
-  // Keys first, while values are on their way. A warp's first task is the products of one block t with itself and the
-  // block before, all that a window of 17 reaches; then there are gradients to spread.
-  float near[2][2][4] = {};
-  const int weighed = kBlocks + back;  // blocks t: in the tile, and those that its tokens reach
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (half == 0) wait_for_copies<1>();
-    else wait_for_copies<0>();
-    const Rows<T, D>&x = half ? values : keys, &gradients = half ? grad_values : grad_keys;
-    if (warp < weighed) {
-      add_products(gradients, x, back + warp, back + warp, near[0]);
-      if (back > 0) add_products(gradients, x, back + warp, back + warp - 1, near[1]);
+  const int pairs = (kBlocks + back) * (back + 1);  // of blocks: t in the tile, or reached by its tokens
+  for (int of_values = 0; of_values < 2; ++of_values) {
+    if (of_values) {
+      __syncthreads();  // everyone is done with the keys
+      copy(true);
     }
-    const int idle = weighed < kWarps ? kWarps - weighed : 0;  // warps without products begin
-    for (int task = (warp + idle) % kWarps; task < 2 * kBlocks; task += kWarps)
-      spread(gradients, static_cast<T*>(half ? p.grad_value : p.grad_key), back + task / 2, task % 2 * (D / 2));
+    wait_for_copies<0>();
+    T* const to = static_cast<T*>(of_values ? p.grad_value : p.grad_key);
+    for (int task = warp; task < 2 * kBlocks + pairs; task += kWarps) {
+      if (task < 2 * kBlocks)
+        spread(to, back + task / 2, task % 2 * (D / 2));
+      else
+        multiply(back + (task - 2 * kBlocks) / (back + 1), (task - 2 * kBlocks) % (back + 1), of_values);
+    }
   }
+  __syncthreads();
 
   for (int block = back + warp; block < 2 * back + kBlocks; block += kWarps) {
-    const auto products = [&](int other, float(&to)[2][4]) {
-      add_products(grad_keys, keys, block, other, to);
-      add_products(grad_values, values, block, other, to);
-    };
-    if (block != back + warp) {  // a long window: more blocks than warps
-      for (int i = 0; i < 2; ++i)
-        for (int j = 0; j < 8; ++j) near[i][j / 4][j % 4] = 0.f;
-      products(block, near[0]);
-      products(block - 1, near[1]);
-    }
     float mean[2] = {}, between = 1.f;
     const float inverse[2] = {inverse_total[block * kBlock - halo + tile_row(0)],
                               inverse_total[block * kBlock - halo + tile_row(1)]};
     for (int pass = 0; pass < 2; ++pass) {
       float crossing_sum = 0.f;
       between = 1.f;
-      const auto visit = [&](int other, const float(&product)[2][4]) {
+      for (int other = block; other >= block - back; --other) {
+        const float4* const from = product_tile(block, block - other);
+        const float4 product_halves[2] = {from[0], from[1]};
+        const float* const product = &product_halves[0].x;
         float m[2][4];
         merging.tile(block, other, between, m);
         if (other < block) between *= merging.block_product(other);
         if (pass == 0) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            mean[i % 4 / 2] += m[i / 4][i % 4] * product[i / 4][i % 4];
-          }
-          return;
+          for (int i = 0; i < 8; ++i) mean[i % 4 / 2] += m[i / 4][i % 4] * product[i];
+          continue;
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) m[i / 4][i % 4] *= (product[i / 4][i % 4] - mean[i % 4 / 2]) * inverse[i % 4 / 2];
+        for (int i = 0; i < 8; ++i) m[i / 4][i % 4] *= (product[i] - mean[i % 4 / 2]) * inverse[i % 4 / 2];
         if (other < back) {
 #pragma unroll
           for (int i = 0; i < 8; ++i) crossing_sum += m[i / 4][i % 4];
@@ -233,19 +237,10 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 2
               column_sums[(block - other) * kTokens + (other - back) * kBlock + i / 2 * 8 + lane * 2 + i % 2] = sum;
           }
         }
-      };
-      visit(block, near[0]);
-      if (back > 0) visit(block - 1, near[1]);
-      for (int other = block - 2; other >= block - back; --other) {
-        float far[2][4] = {};
-        products(other, far);
-        visit(other, far);
       }
       if (pass == 0) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          mean[i] = sum_over_columns(mean[i]) * inverse[i];
-        }
+        for (int i = 0; i < 2; ++i) mean[i] = sum_over_columns(mean[i]) * inverse[i];
       } else {
         crossing_sum = sum_over_rows(sum_over_columns(crossing_sum));
         if (lane == 0) crossing[block - back] = crossing_sum;
