@@ -9,13 +9,14 @@ WORKDIR /opt/megatron-dmc
 # Dependencies first: they change less often than the code. What the image brings is pinned to what it brings.
 COPY pyproject.toml setup.py constraints.txt README.md ./
 COPY megatron_dmc/__init__.py megatron_dmc/
+# The CUDA extension is built with the code, below.
 RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|transformer[-_]engine.*|apex|numpy)==' > image.txt \
     && grep -E '^megatron-core==' constraints.txt >> image.txt \
-    && pip install --no-cache-dir -c image.txt .
+    && MEGATRON_DMC_CUDA=0 pip install --no-cache-dir -c image.txt .
 
 COPY . .
 RUN pip install --no-cache-dir --no-deps . \
-    && python -c 'import torch; assert torch.version.cuda' \
+    && python -c 'import torch; assert torch.version.cuda; from megatron_dmc.ops import fused; assert fused.load_extension() is None' \
     && useradd --create-home --uid 10001 dmc
 
 USER 10001

@@ -5,10 +5,10 @@
 
 .PHONY: demo test lint clean
 
-demo: .venv/.ready
+demo: .venv/.built
 	.venv/bin/python examples/demo.py
 
-test: .venv/.ready
+test: .venv/.built
 	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.ready
@@ -19,5 +19,10 @@ lint: .venv/.ready
 .venv/.ready: pyproject.toml setup.py constraints.txt tools/venv.sh
 	tools/venv.sh
 
+# The CUDA extension, again where its sources have changed since.
+.venv/.built: .venv/.ready $(wildcard csrc/*)
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build *.egg-info megatron_dmc/*.so

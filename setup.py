@@ -1,9 +1,11 @@
 """Builds the CUDA extension under csrc/ where nvcc is found; everything else is declared in pyproject.toml.
 
-TORCH_CUDA_ARCH_LIST chooses the architectures (Hopper, and PTX for later ones, unless given), MAX_JOBS the parallelism.
+TORCH_CUDA_ARCH_LIST chooses the architectures, Ampere or later (unless given: Hopper, and PTX for what comes after),
+MAX_JOBS the parallelism. MEGATRON_DMC_CUDA=0 leaves the extension out.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,17 +35,31 @@ def cuda_home() -> str | None:
     return None
 
 
+def architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST without what is older than Ampere, on which the kernels' instructions do not exist."""
+    asked = [name for name in re.split(r"[ ;,]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if name] or ["9.0+PTX"]
+    kept = [name for name in asked if not (found := re.match(r"(\d+)\.", name)) or int(found[1]) >= 8]
+    if kept != asked:
+        print(f"megatron-dmc: building for {kept} of TORCH_CUDA_ARCH_LIST {asked}", file=sys.stderr)
+    if not kept:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST names nothing from 8.0 (Ampere) on: {asked}; unset it for Hopper")
+    return ";".join(kept)
+
+
 def cuda_extension() -> dict:
+    if os.environ.get("MEGATRON_DMC_CUDA") == "0":
+        print("megatron-dmc: MEGATRON_DMC_CUDA=0, installing without the CUDA extension", file=sys.stderr)
+        return {}
     home, torch_folder = cuda_home(), installed_torch()
     if home is None:
-        print("megatron-dmc: no nvcc found; installing without the CUDA extension", file=sys.stderr)
+        print("megatron-dmc: no nvcc found, installing without the CUDA extension", file=sys.stderr)
         return {}
     # setuptools asks for requirements before it builds. Only then may torch be missing here.
     needs = ["ninja"] + ([] if torch_folder else ["torch>=2.11"])
     if torch_folder and torch_folder not in sys.path:
         sys.path.append(torch_folder)
     os.environ["CUDA_HOME"] = home
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0+PTX")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     try:
         from torch.utils.cpp_extension import BuildExtension, CUDAExtension
     except ImportError:

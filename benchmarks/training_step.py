@@ -26,7 +26,8 @@ COMMON = """
     --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --bf16
     --mock-data --tokenizer-type NullTokenizer --num-workers 0 --lr 1e-5 --lr-decay-style constant --clip-grad 1
     --init-method-std 0.02 --log-interval 1 --eval-interval 1000 --eval-iters 0
-    --transformer-impl transformer_engine --no-gradient-accumulation-fusion
+    --transformer-impl transformer_engine --attention-backend fused --no-gradient-accumulation-fusion
+    --no-create-attention-mask-in-dataloader
     """.split()
 SHAPES = {
     "llama2_7b_2x4096": """--hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 --seq-length 4096

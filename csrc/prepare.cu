@@ -19,8 +19,11 @@ __device__ Decision decide(float logit, float temperature) {
   return {x >= 0.f ? 1.f / (1.f + small) : small / (1.f + small), -(fmaxf(x, 0.f) + log1pf(small))};
 }
 
-// 16-bit keys hold biases down to this; exp() of it is 0.
-constexpr float kHidden = -30000.f;
+// What the last channel of a key holds: its bias, as far down as 16-bit numbers go (exp() of that is 0); and 0 where
+// float32 does not tell exp(bias) from 1, so that nobody has to look at such a key's diagonal.
+__device__ float key_bias(float keep, float bias_per_channel) {
+  return keep > -0x1p-24f ? 0.f : fmaxf(keep / bias_per_channel, -30000.f);
+}
 
 template <class T, int D>
 struct PrepareMemory {
@@ -189,7 +192,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
           layout.template pack<T>(rotation.apply(layout.read(merged_keys + row * Memory::kMergedStride, pair), has_last));
       rotated_key = layout.values(pack);  // as rounded
       if (has_last)
-        pack.high.set(3, token + 1 < tokens ? fmaxf(keep[row + 1] / p.bias.bias_per_channel, kHidden) : 0.f);
+        pack.high.set(3, key_bias(token + 1 < tokens ? keep[row + 1] : 0.f, p.bias.bias_per_channel));
       layout.write_pack(static_cast<T*>(p.attention_key) + index * D, pair, pack);
     }
     for (int i = 0; i < group; ++i) {

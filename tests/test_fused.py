@@ -5,6 +5,7 @@ the reference operations differ that run on the same inputs and round once, at t
 """
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -79,6 +80,8 @@ def compare(qkv, rotary, kernel, *, noise=None, seed=None, **options):
             parts = {name: slice(-1), name + ", last channel": slice(-1, None)}
         for part, channels in parts.items() if name != "alpha" else ():
             share = floor * (1 if channels.start is None else x.shape[-1] ** -0.5)
+            if part == "grad key, last channel":  # a decision's gradient is that of the scores over the temperature
+                share /= options.get("temperature") or 1
             report[part] = *(error(t[..., channels], z[..., channels], share) for t in (x, y)), rounding
         if name == "alpha":
             report[name] = error(x, z), error(y, z), rounding
@@ -127,6 +130,27 @@ def test_the_reference_runs_where_there_is_no_gpu():
         fused.dmc_attention(q, k, v, None, kernel="cudnn")
     with pytest.raises(ValueError, match="kernel must be auto or one of"):
         fused.dmc_attention(q, k, v, None, kernel="triton")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc when the package is installed")
+def test_the_extension_is_built_where_nvcc_is():
+    """It loads without a GPU, and its operators can be traced."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert fused.load_extension() is None
+    with FakeTensorMode():
+        query = torch.empty(10, 2, 4, 64, device="cuda", dtype=torch.bfloat16)
+        key, scalars = query[:, :, :2], torch.empty(10, 2, 2, device="cuda")
+        scores = torch.empty(2, 4, 10, device="cuda")
+        settings = (12, 5.0, 0.1, False, 0.125)
+        results = torch.ops.megatron_dmc.prepare(query, key, key, None, None, None, None, 0, 0, *settings, 8.0)
+        for x, like in zip(results, (query, key, key, scores, scalars, scalars), strict=True):
+            assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
+            assert x.is_contiguous()
+        output, alpha, *_ = torch.ops.megatron_dmc.attention(
+            query, key, key, None, None, None, None, 0, 0, *settings, "flash"
+        )
+        assert (output.shape, output.dtype, alpha.shape) == (query.shape, query.dtype, scalars.shape)
 
 
 shapes = st.tuples(

@@ -269,6 +269,8 @@ def test_training_on_the_kernels_follows_the_reference(tmp_path):
         --max-position-embeddings 512 --transformer-impl transformer_engine --bf16 --init-method-std 0.05 --lr 1e-3
         --train-iters 30 --dmc-stage retrofit --dmc-cr 4 --dmc-init-val 0.3 --dmc-temp 0.3""".split()
     runs = {kernel: train(*flags, "--dmc-kernel", kernel) for kernel in ("reference", "auto", "flash")}
+    recomputed = ["--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
+    runs["selective recomputation"] = train(*flags, *recomputed)
     assert "DMC attention runs on: cudnn" in runs["auto"].output
     expected = runs.pop("reference")
     assert max(expected.values("compression ratio")) > 1.5

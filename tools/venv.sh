@@ -52,5 +52,7 @@ else
     "$chosen" -m venv .venv
     cp constraints.txt .venv/constraints.txt
 fi
+# torch first: building the CUDA extension needs its headers.
+.venv/bin/pip install --quiet --disable-pip-version-check -c .venv/constraints.txt torch
 .venv/bin/pip install --quiet --disable-pip-version-check -c .venv/constraints.txt -e '.[test]'
-touch .venv/.ready
+touch .venv/.ready .venv/.built
