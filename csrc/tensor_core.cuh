@@ -4,7 +4,7 @@
 // the coefficients of a merge above all, enters as a sum of 16-bit planes, each holding what the planes before left over.
 #pragma once
 
-#include "common.cuh"
+#include "instructions.cuh"
 
 namespace dmc {
 
@@ -38,17 +38,6 @@ __device__ inline void split_tile(const float (&m)[2][4], uint32_t (&planes)[Pla
 #pragma unroll
   for (int reg = 0; reg < 4; ++reg)
     split<typename Planes<T>::type>(m[reg / 2][reg % 2 * 2], m[reg / 2][reg % 2 * 2 + 1], planes, reg);
-}
-
-__device__ inline void multiply_add(bf16, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ inline void multiply_add(half, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Where a lane's registers of a 16x16 tile lie: register pair r holds (row(r), column(r)) and the column behind it.
@@ -102,16 +91,7 @@ struct Rows {
     const int lane = threadIdx.x % 32;
     if constexpr (sizeof(T) == 2) {
       const int down = kSwapped ? lane / 16 : lane / 8 % 2, right = kSwapped ? lane / 8 % 2 : lane / 16;
-      const uint32_t address = __cvta_generic_to_shared(at(row + lane % 8 + down * 8, channel + right * 8));
-      if constexpr (kTransposed) {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(to[0][0]), "=r"(to[0][1]), "=r"(to[0][2]), "=r"(to[0][3])
-                     : "r"(address));
-      } else {
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(to[0][0]), "=r"(to[0][1]), "=r"(to[0][2]), "=r"(to[0][3])
-                     : "r"(address));
-      }
+      load_matrices<kTransposed>(to[0], shared_address(at(row + lane % 8 + down * 8, channel + right * 8)));
     } else {
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg) {
@@ -150,23 +130,13 @@ __device__ inline void copy_rows(Rows<T, D> to, const T* from, int64_t token_str
   if (thread >= kAtOnce * kPieces) return;
   int row = thread / kPieces, token = first + row;
   const T* source = from + token * token_stride + channel;
-  uint32_t address = __cvta_generic_to_shared(to.at(row, channel));
+  uint32_t address = shared_address(to.at(row, channel));
   for (; row < count; row += kAtOnce, token += kAtOnce) {
     const bool exists = token >= 0 && token < tokens;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(exists ? source : from),
-                 "r"(exists ? 16 : 0));
+    copy_16_bytes(address, exists ? source : from, exists);
     source += kAtOnce * token_stride;
     address += kAtOnce * Rows<T, D>::kStride * sizeof(T);
   }
-}
-
-__device__ inline void end_of_copies() { asm volatile("cp.async.commit_group;"); }
-
-// Until all but the last `kPending` groups of copies have arrived, for all threads.
-template <int kPending>
-__device__ inline void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-  __syncthreads();
 }
 
 }  // namespace dmc

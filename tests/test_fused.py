@@ -29,10 +29,10 @@ def rotary_tables(tokens, width, interleaved=False, sequences=None, device="cuda
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
-def inputs(tokens, sequences, heads, kv_heads, channels, dtype, *, fused_view=False, merging=0.7):
+def inputs(tokens, sequences, heads, kv_heads, channels, dtype, *, fused_view=False, merging=0.7, device="cuda"):
     """Queries, keys and values whose decisions merge with probability about `merging`."""
     group = heads // kv_heads
-    qkv = torch.randn(tokens, sequences, kv_heads, group + 2, channels, device="cuda")
+    qkv = torch.randn(tokens, sequences, kv_heads, group + 2, channels, device=device)
     qkv[..., group, -1] = 5 + 0.3 * (torch.randn_like(qkv[..., 0, 0]) + 3 * (merging - 0.5))
     qkv[..., :group, -1] -= 5  # importance across the whole range of the sigmoid
     qkv = qkv.to(dtype)
@@ -60,38 +60,41 @@ def error(x, exact, floor=1e-30):
     return ((x.double() - exact).norm() / exact.norm().clamp(min=floor)).item()
 
 
-def compare(qkv, rotary, kernel, *, noise=None, seed=None, **options):
+def compare(qkv, rotary, kernel, *, noise=None, **options):
     """Fused, reference and float64 on the same inputs; asserts that the fused error is of the reference's size."""
-    dtype = qkv[0].dtype
     grads = torch.randn_like(qkv[0]), torch.randn(qkv[1].shape[:3], device="cuda") * 0.1
     sample = noise.sample(*qkv[1].shape[:3]) if isinstance(noise, LogisticNoise) else noise
     exact = run(reference.dmc_attention, qkv, rotary, grads, torch.float64, noise=sample, **options)
     ours = run(fused.dmc_attention, qkv, rotary, grads, kernel=kernel, noise=noise, **options)
     plain = run(reference.dmc_attention, qkv, rotary, grads, noise=sample, **options)
-    report = {}
+    compare_results(ours, plain, exact, grads, **options)
+
+
+def compare_results(ours, plain, exact, grads, temperature=None, **_):
+    """Assert that errors against `exact` are like those of `plain`, or of a few roundings."""
+    rounding, report = ROUNDING[ours[0].dtype], {}
     # What gradients are about. A lone token has none, a few tokens that agree hardly any, and rounding remains.
-    floor = (0.05 + 1 / len(qkv[0])) * grads[0].norm().item()
+    floor = (0.05 + 1 / len(grads[0])) * grads[0].norm().item()
     for name, x, y, z in zip(NAMES, ours, plain, exact, strict=True):
         assert x.isfinite().all(), f"{name} is not finite"
         assert x.dtype == y.dtype and x.shape == y.shape
-        rounding = 1e-5 if name == "alpha" else ROUNDING[dtype]
-        parts = {name: slice(None)}
-        if name.startswith("grad"):  # the last channel carries other gradients than the rest
-            parts = {name: slice(-1), name + ", last channel": slice(-1, None)}
-        for part, channels in parts.items() if name != "alpha" else ():
-            share = floor * (1 if channels.start is None else x.shape[-1] ** -0.5)
-            if part == "grad key, last channel":  # a decision's gradient is that of the scores over the temperature
-                share /= options.get("temperature") or 1
-            report[part] = *(error(t[..., channels], z[..., channels], share) for t in (x, y)), rounding
         if name == "alpha":
-            report[name] = error(x, z), error(y, z), rounding
+            report[name] = error(x, z), error(y, z), 1e-5
+            continue
+        parts = {name: (slice(None), floor)}
+        if name.startswith("grad"):  # the last channel carries other gradients than the rest
+            last = floor * x.shape[-1] ** -0.5
+            if name == "grad key":  # a decision's gradient is that of the scores over the temperature
+                last /= temperature or 1
+            parts = {name: (slice(-1), floor), name + ", last channel": (slice(-1, None), last)}
+        for part, (channels, share) in parts.items():
+            report[part] = *(error(t[..., channels], z[..., channels], share) for t in (x, y)), rounding
     bad = {
         name: f"{ours:.2e} (reference {plain:.2e})"
         for name, (ours, plain, rounding) in report.items()
         if not ours <= max(3 * plain, 5 * rounding)
     }
     assert not bad, f"{bad} of {report}"
-    return report
 
 
 def test_philox_gives_its_published_vectors():

@@ -34,6 +34,8 @@ from megatron_dmc.ops.reference import Rotary
 
 HEAD_SIZES = (64, 96, 128, 256)
 
+_kernels = torch.ops.megatron_dmc  # csrc/bindings.cpp; tests put the emulated ones here
+
 
 def dmc_attention(
     query: Tensor,
@@ -185,7 +187,7 @@ def _load_extension() -> str | None:
 
 @torch.compiler.assume_constant_result
 def _max_window(dtype: torch.dtype, channels: int) -> int:
-    return torch.ops.megatron_dmc.max_window(dtype, channels)
+    return _kernels.max_window(dtype, channels)
 
 
 # The heavy part. Tensors are [b, h|g, s, d] views; the log-sum-exp is [b, h, s] in float32.
@@ -262,7 +264,7 @@ def _query_channel(dtype: torch.dtype, scale: float) -> float:
 def _merged_attention(query, key, value, diagonal, scale, bias_per_channel, kernel) -> tuple[Tensor, Tensor]:
     output, lse = _causal(kernel, *map(_heads_first, (query, key, value)), scale)
     output, lse = _tokens_first(output), lse.contiguous()
-    torch.ops.megatron_dmc.merge_diagonal_(output, lse, diagonal, key, value, bias_per_channel)
+    _kernels.merge_diagonal_(output, lse, diagonal, key, value, bias_per_channel)
     return output, lse
 
 
@@ -273,7 +275,7 @@ def _merged_attention_backward(
     grad_output = _readable(grad_output)
     grads = _causal_backward(kernel, *map(_heads_first, (grad_output, query, key, value, output)), lse, scale)
     grad_query, grad_key, grad_value = map(_tokens_first, grads)
-    grad_bias = torch.ops.megatron_dmc.merge_diagonal_backward_(
+    grad_bias = _kernels.merge_diagonal_backward_(
         grad_output, output, lse, diagonal, query, key, value, grad_query, grad_key, grad_value, cos, sin, interleaved,
         scale, bias_per_channel,
     )  # fmt: skip
@@ -288,8 +290,7 @@ def _readable(x: Tensor) -> Tensor:
     return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("megatron_dmc::attention", mutates_args=(), device_types="cuda")
-def _attention(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -309,7 +310,7 @@ def _attention(
     """Returns output and alpha, and for the backward pass: prepared query, key and value, log-sum-exp, the diagonal's
     scores, importance."""
     channel = _query_channel(query.dtype, scale)
-    query, key, value, diagonal, alpha, weight = torch.ops.megatron_dmc.prepare(
+    query, key, value, diagonal, alpha, weight = _kernels.prepare(
         _readable(query), _readable(key), _readable(value), cos, sin, noise, noise_key, noise_stream, noise_first_head,
         window, offset, temperature, interleaved, scale, channel,
     )  # fmt: skip
@@ -317,8 +318,7 @@ def _attention(
     return output, alpha, query, key, value, lse, diagonal, weight
 
 
-@torch.library.custom_op("megatron_dmc::attention_backward", mutates_args=(), device_types="cuda")
-def _attention_backward(
+def _backward(
     grad_output: Tensor | None,
     grad_alpha: Tensor | None,
     key: Tensor,
@@ -345,11 +345,17 @@ def _attention_backward(
         grad_output, attention_query, attention_key, attention_value, output, lse, diagonal, cos, sin, interleaved,
         scale, scale * _query_channel(key.dtype, scale), kernel,
     )  # fmt: skip
-    grad_key, grad_value = torch.ops.megatron_dmc.prepare_backward_(
+    grad_key, grad_value = _kernels.prepare_backward_(
         grad_query, grad_merged_key, grad_merged_value, grad_bias, grad_alpha, _readable(key), _readable(value), alpha,
         weight, window, temperature,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
+
+
+_attention = torch.library.custom_op("megatron_dmc::attention", mutates_args=(), device_types="cuda")(_forward)
+_attention_backward = torch.library.custom_op("megatron_dmc::attention_backward", mutates_args=(), device_types="cuda")(
+    _backward
+)
 
 
 @_attention.register_fake
@@ -374,12 +380,12 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_output, grad_alpha, *_):
+def _differentiate(ctx, grad_output, grad_alpha, *_):
     grads = torch.ops.megatron_dmc.attention_backward(grad_output, grad_alpha, *ctx.saved_tensors, *ctx.settings)
     return *grads, *[None] * 12
 
 
-_attention.register_autograd(_backward, setup_context=_save)
+_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def _register_fakes() -> None:

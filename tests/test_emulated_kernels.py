@@ -1,0 +1,106 @@
+"""The fused kernels where there is no GPU: csrc/ compiled for the CPU (tests/emulation), against the reference.
+
+The heavy part in between is attention written out. Emulation is slow, so shapes are small; `test_fused.py` tests the
+real thing, on a GPU.
+"""
+
+import shutil
+
+import pytest
+import torch
+from emulation import build, cuda_headers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_fused import compare_results, inputs, rotary_tables, run
+
+from megatron_dmc.ops import fused, reference
+from megatron_dmc.ops.noise import LogisticNoise
+
+pytestmark = pytest.mark.skipif(
+    cuda_headers() is None or shutil.which("g++") is None, reason="needs g++ and the CUDA toolkit's headers"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulated(tmp_path_factory):
+    """The module under test calls the emulated operators, in this process alone."""
+    build(tmp_path_factory.mktemp("emulation"))
+    kernels, fused._kernels = fused._kernels, torch.ops.megatron_dmc_emulated
+    yield
+    fused._kernels = kernels
+
+
+class Attention(torch.autograd.Function):
+    """What `torch.ops.megatron_dmc.attention` does, without a dispatcher that insists on CUDA."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, *options):
+        results = fused._forward(query, key, value, *options)
+        fused._save(ctx, (query, key, value, *options), results)
+        return results[:2]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return *fused._backward(*grads, *ctx.saved_tensors, *ctx.settings), *[None] * 12
+
+
+def attention(query, key, value, rotary, *, window=12, offset=5.0, temperature=None, noise=None, interleaved=False):
+    cos, sin = rotary or (None, None)
+    drawn = noise if isinstance(noise, LogisticNoise) else LogisticNoise(None)
+    return Attention.apply(
+        query, key, value, cos, sin, None if drawn is noise else noise, drawn.key, drawn.stream, drawn.first_head,
+        window, offset, temperature, interleaved, query.shape[-1] ** -0.5, "dense",
+    )  # fmt: skip
+
+
+def compare(qkv, rotary, noise=None, **options):
+    grads = torch.randn_like(qkv[0]), torch.randn(qkv[1].shape[:3]) * 0.1
+    sample = noise.sample(*qkv[1].shape[:3]) if isinstance(noise, LogisticNoise) else noise
+    exact = run(reference.dmc_attention, qkv, rotary, grads, torch.float64, noise=sample, **options)
+    plain = run(reference.dmc_attention, qkv, rotary, grads, noise=sample, **options)
+    compare_results(run(attention, qkv, rotary, grads, noise=noise, **options), plain, exact, grads, **options)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(
+    shape=st.tuples(
+        st.integers(1, 150), st.integers(1, 2), st.sampled_from([(1, 1), (2, 1), (6, 2)]),
+        st.sampled_from(fused.HEAD_SIZES),
+    ),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    window=st.sampled_from([1, 2, 12, 17, 18, 40]),
+    turning=st.sampled_from(["all", "half", "odd", "none"]),
+    interleaved=st.booleans(),
+    by_sequence=st.booleans(),
+    soft=st.sampled_from([0.1, 0.5, None]),
+    noisy=st.sampled_from([None, "tensor", "key"]),
+    merging=st.sampled_from([0.2, 0.7, 1.0]),
+    fused_view=st.booleans(),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_kernels_equal_the_reference(
+    shape, dtype, window, turning, interleaved, by_sequence, soft, noisy, merging, fused_view, seed
+):
+    torch.manual_seed(seed)
+    tokens, sequences, (heads, kv_heads), channels = shape
+    qkv = inputs(
+        tokens, sequences, heads, kv_heads, channels, dtype, fused_view=fused_view, merging=merging, device="cpu"
+    )
+    width = {"all": channels, "half": channels // 2, "odd": 10, "none": 0}[turning]
+    rotary = rotary_tables(tokens, width, interleaved, sequences if by_sequence else None, "cpu") if width else None
+    noise = None
+    if soft is not None and noisy == "tensor":
+        noise = torch.logit(torch.rand(tokens, sequences, kv_heads), eps=1e-6)
+    elif soft is not None and noisy == "key":
+        noise = LogisticNoise.draw(torch.device("cpu"), stream=3, first_head=5)
+    compare(qkv, rotary, noise, window=window, temperature=soft, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("case", [1e4, -1e4, "both"])
+def test_extreme_decisions(fresh_seed, dtype, case):
+    q, k, v = inputs(70, 1, 2, 1, 64, dtype, device="cpu")
+    for x in (k, q) if case == "both" else (k,):
+        x[..., -1] = torch.where(torch.rand(x.shape[:3]) > 0.5, 1e4, -1e4) if case == "both" else case
+    for temperature in (0.1, None):
+        compare((q, k, v), rotary_tables(70, 64, device="cpu"), temperature=temperature)
