@@ -52,12 +52,12 @@ def projection(tokens, sequences, heads, kv_heads, channels):
 
 def angles(tokens, channels):
     frequencies = 500000.0 ** (-torch.arange(0, channels, 2, device="cuda") / channels)
-    angle = torch.arange(tokens, device="cuda")[:, None] * frequencies
-    return torch.cat([angle, angle], -1)
+    return torch.arange(tokens, device="cuda")[:, None] * frequencies
 
 
 def rotations(angle):
     """Ways to rotate queries and keys `[s, b, h, d]`; the fastest is the ceiling's."""
+    angle = torch.cat([angle, angle], -1)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
 
     @torch.compile

@@ -56,9 +56,9 @@ def worker(flags: list[str]) -> None:
 
 def run(shape: str, flags: list[str], layers: int, iterations: int) -> dict:
     command = [sys.executable, __file__, "--worker", *COMMON, *SHAPES[shape], "--num-layers", layers]
-    command += ["--train-iters", iterations, *flags]
+    command = [*map(str, command), "--train-iters", str(iterations), *flags]
     environment = os.environ | dict(PYTHONWARNINGS="ignore", CUDA_DEVICE_MAX_CONNECTIONS="1", PYTHONUNBUFFERED="1")
-    done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     steps = {int(n): (float(ms), rest) for n, ms, rest in STEP.findall(done.stdout)}
     if done.returncode or len(steps) < iterations:
         raise SystemExit(f"{' '.join(command[2:])} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")

@@ -137,15 +137,14 @@ dmc::Rotary rotary_of(const Call& call, const Shape& shape, const std::optional<
   rotary.interleaved = interleaved;
   require(cos.has_value() == sin.has_value(), "cos and sin must be given together");
   if (!cos) return rotary;
-  const int64_t width = cos->size(cos->dim() - 1);
-  require(width % 2 == 0 && width <= shape.channels, "cos has ", width, " channels; it must have an even number, at most ",
-          shape.channels);
+  const int64_t pairs = cos->size(cos->dim() - 1);
+  require(2 * pairs <= shape.channels, "cos has ", pairs, " pairs of channels; heads have ", shape.channels / 2);
   const bool by_sequence = cos->dim() == 3;
-  const Sizes sizes = by_sequence ? Sizes{shape.tokens, shape.batch, width} : Sizes{shape.tokens, width};
+  const Sizes sizes = by_sequence ? Sizes{shape.tokens, shape.batch, pairs} : Sizes{shape.tokens, pairs};
   rotary.cos = call.floats(*cos, "cos", sizes);
   rotary.sin = call.floats(*sin, "sin", sizes);
-  rotary.stride = {by_sequence ? shape.batch * width : width, by_sequence ? width : 0, 0};
-  rotary.pairs = int(width / 2);
+  rotary.stride = {by_sequence ? shape.batch * pairs : pairs, by_sequence ? pairs : 0, 0};
+  rotary.pairs = int(pairs);
   return rotary;
 }
 

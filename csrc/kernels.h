@@ -20,7 +20,7 @@ struct Shape {
   int tokens, batch, heads, kv_heads, channels;
 };
 
-// The rotary tables, float32 rows of 2 * pairs channels; strides without heads. pairs == 0: no rotation.
+// The rotary tables, float32 rows of one angle a pair of channels; strides without heads. pairs == 0: no rotation.
 struct Rotary {
   const float* cos = nullptr;
   const float* sin = nullptr;

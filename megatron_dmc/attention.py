@@ -212,6 +212,7 @@ class DMCSelfAttention(SelfAttention):
     def _rotary_tables(self, embedding: Any, positions: slice) -> Rotary | None:
         """`(cos, sin)` from the angles `[s, 1 | b, 1, d_rot]` that Megatron passes, at `positions`, in float32.
 
+        Megatron gives both channels of a pair their angle, the same one; the tables hold it once.
         Megatron passes one tensor to all layers, and the same one in every step: its tables are made once.
         """
         skip = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
@@ -231,6 +232,7 @@ class DMCSelfAttention(SelfAttention):
         if angles.shape[0] != positions.stop - positions.start:  # a table for all positions, not for this pass alone
             angles = angles[positions]
         angles = angles.squeeze(2).float()
+        angles = angles[..., ::2] if self.config.rotary_interleaved else angles[..., : angles.shape[-1] // 2]
         angles = angles.squeeze(1) if angles.shape[1] == 1 else angles
         magnitude = self._yarn_concentration_factor
         return angles.cos() * magnitude, angles.sin() * magnitude

@@ -92,6 +92,8 @@ def emulate_cuda() -> None:
     if torch.cuda.is_available():
         return
     os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Megatron's compiled helpers gain nothing here
+    if (dynamo := sys.modules.get("torch._dynamo.config")) is not None:  # it has read the environment already
+        dynamo.disable = True
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print("megatron-dmc: no CUDA device, running on the CPU over gloo", file=sys.stderr, flush=True)
     _emulate_devices()

@@ -87,7 +87,7 @@ def test_kernels_equal_the_reference(
         tokens, sequences, heads, kv_heads, channels, dtype, fused_view=fused_view, merging=merging, device="cpu"
     )
     width = {"all": channels, "half": channels // 2, "odd": 10, "none": 0}[turning]
-    rotary = rotary_tables(tokens, width, interleaved, sequences if by_sequence else None, "cpu") if width else None
+    rotary = rotary_tables(tokens, width, sequences if by_sequence else None, "cpu") if width else None
     noise = None
     if soft is not None and noisy == "tensor":
         noise = torch.logit(torch.rand(tokens, sequences, kv_heads), eps=1e-6)

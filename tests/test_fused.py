@@ -20,11 +20,10 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-
 NAMES = ("output", "alpha", "grad query", "grad key", "grad value")
 
 
-def rotary_tables(tokens, width, interleaved=False, sequences=None, device="cuda"):
+def rotary_tables(tokens, width, sequences=None, device="cuda"):
     start = torch.randint(0, 1000, (1, sequences or 1))
     position = torch.arange(tokens)[:, None] + start
     angles = position[..., None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
-    angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat([angles, angles], -1)
     angles = angles if sequences else angles[:, 0]
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
@@ -185,7 +184,7 @@ def test_fused_attention_equals_the_reference(
     tokens, sequences, (heads, kv_heads), channels = shape
     qkv = inputs(tokens, sequences, heads, kv_heads, channels, dtype, fused_view=fused_view, merging=merging)
     width = {"all": channels, "half": channels // 2, "quarter": channels // 4, "odd": 10, "none": 0}[turning]
-    rotary = rotary_tables(tokens, width, interleaved, sequences if by_sequence else None) if width else None
+    rotary = rotary_tables(tokens, width, sequences if by_sequence else None) if width else None
     noise = None
     if soft is not None and noisy == "tensor":
         noise = torch.logit(torch.rand(tokens, sequences, kv_heads, device="cuda"), eps=1e-6)
@@ -424,7 +423,7 @@ def test_mistakes_name_the_argument():
         "key must have stride 1 in its last dimension": dict(key=wide[..., :128:2]),
         "key must have rows that begin at multiples of 16 bytes": dict(key=wide[..., :64]),
         "cos must be float32; got bfloat16": dict(cos=cos.bfloat16()),
-        "cos must be .16, 64.": dict(cos=cos[:3]),
+        "cos must be .16, 32.": dict(cos=cos[:3]),
         "cos and sin must be given together": dict(sin=None),
         "noise must be .16, 1, 2.": dict(noise=torch.zeros(16, 1, 4, device="cuda")),
         "noise_key must be on the CUDA device": dict(noise_key=torch.zeros(1, dtype=torch.int64)),

@@ -70,6 +70,13 @@ def captured(model, layer=0):
     return attention, seen
 
 
+def rotary_tables(angles, interleaved=False, magnitude=1.0):
+    """From the angle of every channel, as Megatron gives it, to one of every pair."""
+    angles = angles[:, 0, 0]
+    angles = angles[:, ::2] if interleaved else angles[:, : angles.shape[-1] // 2]
+    return angles.cos() * magnitude, angles.sin() * magnitude
+
+
 def by_hand(attention, hidden, angles, dmc, magnitude=1.0, temperature=None):
     """The layer's output from its weights, without Megatron's code: projection, norms, DMC, output projection."""
     cfg = attention.config
@@ -82,7 +89,7 @@ def by_hand(attention, hidden, angles, dmc, magnitude=1.0, temperature=None):
     query, key, value = parts[..., :r, :].flatten(2, 3), parts[..., -2, :], parts[..., -1, :]
     norm = lambda x, m: x if m is None else m(x)  # noqa: E731
     query, key = norm(query, attention.q_layernorm), norm(key, attention.k_layernorm)
-    rotary = None if angles is None else tuple(f(angles[:, 0, 0]) * magnitude for f in (torch.cos, torch.sin))
+    rotary = None if angles is None else rotary_tables(angles, cfg.rotary_interleaved, magnitude)
     out, alpha = dmc_attention(
         query, key, value, rotary,
         window=dmc.dmc_window_size, offset=dmc.dmc_init_val, temperature=temperature,
@@ -305,7 +312,7 @@ def test_zero_out_stage(fresh_seed, last_channel):
     attention, seen = captured(model)
     parts = (seen["hidden"] @ attention.linear_qkv.weight.T).unflatten(-1, (2, 4, 8))
     query, key, value = parts[..., :2, :].flatten(2, 3), parts[..., 2, :], parts[..., 3, :]
-    rotary = seen["rotary"][:, 0, 0].cos(), seen["rotary"][:, 0, 0].sin()
+    rotary = rotary_tables(seen["rotary"])
     want = zero_out_attention(query, key, value, rotary, last_channel=last_channel)
     torch.testing.assert_close(seen["output"], want.flatten(2) @ attention.linear_proj.weight.T, rtol=1e-4, atol=1e-4)
     if last_channel == 1.0:  # the original attention

@@ -36,7 +36,6 @@ def kernels() -> None:
         query = torch.randn(tokens, sequences, heads, channels, device="cuda").to(dtype)
         key, value = (torch.randn(tokens, sequences, kv_heads, channels, device="cuda").to(dtype) for _ in range(2))
         angle = torch.rand(tokens, width // 2, device="cuda")
-        angle = angle.repeat_interleave(2, -1) if interleaved else torch.cat([angle, angle], -1)
         rotary = (angle.cos(), angle.sin()) if width else (None, None)
         noise_key = torch.zeros(1, dtype=torch.int64, device="cuda")
         scale = 1 / math.sqrt(channels)

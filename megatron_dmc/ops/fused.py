@@ -57,7 +57,6 @@ def dmc_attention(
 
     Args:
         query, key, value: any strides with 1 in the last dimension, such as views of a fused projection.
-        rotary: both channels of a pair turn by one angle only if the tables say so; they are read as they are.
         noise: a tensor, or `LogisticNoise`, drawn inside the kernel.
         kernel: one of `KERNELS`, or "auto" for what `choose_kernel` says.
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Rotary = tuple[Tensor, Tensor]
-"""`(cos, sin)`, each `[s, d_rot]`, or `[s, b, d_rot]` where positions differ between sequences."""
+"""`(cos, sin)` of the angle of each of the `d_rot/2` pairs of channels: `[s, d_rot/2]`, or `[s, b, d_rot/2]` where
+positions differ between sequences."""
 
 
 def dmc_attention(
@@ -42,7 +43,7 @@ def dmc_attention(
     Args:
         query: `[s, b, h, d]`, after any QK-norm and before rotation.
         key, value: `[s, b, g, d]`, likewise.
-        rotary: `(cos, sin)` of `[s, d_rot]` with `d_rot <= d` (the remaining channels are not rotated), or `None`.
+        rotary: `(cos, sin)` of `[s, d_rot/2]` with `d_rot <= d` (the remaining channels are not rotated), or `None`.
         window: how many tokens a merge reaches back; 0 sets no limit.
         offset: the constant `c` that makes an untrained model append every token.
         temperature: of the Gumbel-sigmoid in training; `None` takes hard decisions.
@@ -146,13 +147,11 @@ def rotate(x: Tensor, rotary: Rotary | None, interleaved: bool = False) -> Tenso
     if rotary is None:
         return x
     cos, sin = (t.to(x.dtype)[:, None, None] if t.dim() == 2 else t.to(x.dtype)[:, :, None] for t in rotary)
-    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    if interleaved:
-        turned = torch.stack([-turning[..., 1::2], turning[..., ::2]], -1).flatten(-2)
-    else:
-        first, second = turning.chunk(2, -1)
-        turned = torch.cat([-second, first], -1)
-    return torch.cat([turning * cos + turned * sin, rest], -1)
+    turning, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    first, second = (turning[..., ::2], turning[..., 1::2]) if interleaved else turning.chunk(2, -1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    turned = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat([turned, rest], -1)
 
 
 def rotate_without_last(x: Tensor, rotary: Rotary | None, interleaved: bool) -> Tensor:
@@ -354,9 +353,8 @@ def _check(query, key, value, rotary, window, temperature, noise) -> None:
         )
     if rotary is not None:
         for name, table in zip(("cos", "sin"), rotary, strict=True):
-            width = table.shape[-1]
-            if table.shape[:-1] not in (query.shape[:1], query.shape[:2]) or width % 2 or width > query.shape[-1]:
+            if table.shape[:-1] not in (query.shape[:1], query.shape[:2]) or 2 * table.shape[-1] > query.shape[-1]:
                 raise ValueError(
-                    f"rotary {name} must be [tokens, d_rot] or [tokens, sequences, d_rot] with an even "
-                    f"d_rot <= {query.shape[-1]} and {query.shape[0]} tokens; got {tuple(table.shape)}"
+                    f"rotary {name} must be [tokens, pairs] or [tokens, sequences, pairs] with {query.shape[0]} tokens "
+                    f"and at most {query.shape[-1] // 2} pairs of channels; got {tuple(table.shape)}"
                 )
