@@ -114,40 +114,35 @@ struct PairPack {
   __device__ float operator[](int i) const { return i < 4 ? low[i] : high[i - 4]; }
 };
 
-//
-// How channels pair up is a compile-time choice, for the registers that it saves: kHalves, (i, i + rotated) with
-// `rotated` a multiple of 4, so that four pairs are two vectors; kInterleaved, (2i, 2i + 1); kOddHalves, as kHalves with
-// any number, channel by channel.
-enum class Pairing { kHalves, kInterleaved, kOddHalves };
+// How channels pair up, and how they are read. kHalves, (i, i + rotated): four pairs are two vectors; kInterleaved,
+// (2i, 2i + 1): one run of eight. Both take numbers of rotated pairs that 4 divides; kAny takes either, and any number,
+// channel by channel. A compile-time choice, for the registers that it saves.
+enum class Pairing { kHalves, kInterleaved, kAny };
 
 inline Pairing pairing_of(const Rotary& rotary) {
-  return rotary.interleaved ? Pairing::kInterleaved : rotary.pairs % 4 ? Pairing::kOddHalves : Pairing::kHalves;
+  return rotary.pairs % 4 ? Pairing::kAny : rotary.interleaved ? Pairing::kInterleaved : Pairing::kHalves;
 }
 
+// The four pairs of one lane, from `pair` on.
 template <int D, Pairing kPairing>
-struct PairLayout {
-  static constexpr bool interleaved = kPairing == Pairing::kInterleaved;
-  int rotated;
+struct LanePairs {
+  int pair, rotated;
+  bool interleaved;
+  unsigned low, high;  // where a pack's first and last four channels begin
 
-  __device__ explicit PairLayout(const Rotary& rotary) : rotated(rotary.pairs) {}
-
-  __device__ int first(int pair) const {
-    return interleaved ? 2 * pair : pair < rotated ? pair : pair + rotated;
-  }
-  __device__ int second(int pair) const {
-    return interleaved ? 2 * pair + 1 : pair < rotated ? pair + rotated : pair + D / 2;
-  }
-  // Whether a table's entries for these four pairs can be read as vectors.
-  __device__ bool reads_tables(int pair) const {
-    return kPairing != Pairing::kOddHalves && (!interleaved || rotated % 4 == 0) && pair < rotated;
+  __device__ LanePairs(const Rotary& rotary, int pair) : pair(pair), rotated(rotary.pairs), interleaved(rotary.interleaved) {
+    low = kPairing == Pairing::kInterleaved ? 2 * pair : first(pair);
+    high = kPairing == Pairing::kInterleaved ? 2 * pair + 4 : second(pair);
   }
 
-  // As memory has them: of rotated halves four first and four second channels, interleaved eight neighbours.
+  __device__ bool exist() const { return pair < D / 2; }
+  __device__ bool have_last() const { return pair + 4 == D / 2; }
+
+  // As memory has them.
   template <class T>
-  __device__ PairPack<T> read_pack(const T* row, int pair) const {
+  __device__ PairPack<T> read_pack(const T* row) const {
     PairPack<T> pack = {};
-    if constexpr (kPairing != Pairing::kOddHalves) {
-      const int low = interleaved ? 2 * pair : first(pair), high = interleaved ? 2 * pair + 4 : second(pair);
+    if constexpr (kPairing != Pairing::kAny) {
       pack.low = *reinterpret_cast<const Pack<T, 4>*>(row + low);
       pack.high = *reinterpret_cast<const Pack<T, 4>*>(row + high);
     } else {
@@ -161,9 +156,8 @@ struct PairLayout {
   }
 
   template <class T>
-  __device__ void write_pack(T* row, int pair, const PairPack<T>& pack) const {
-    if constexpr (kPairing != Pairing::kOddHalves) {
-      const int low = interleaved ? 2 * pair : first(pair), high = interleaved ? 2 * pair + 4 : second(pair);
+  __device__ void write_pack(T* row, const PairPack<T>& pack) const {
+    if constexpr (kPairing != Pairing::kAny) {
       *reinterpret_cast<Pack<T, 4>*>(row + low) = pack.low;
       *reinterpret_cast<Pack<T, 4>*>(row + high) = pack.high;
     } else {
@@ -177,11 +171,12 @@ struct PairLayout {
 
   // Eight channels in a pack's order, as pairs.
   __device__ PairValues paired(const float (&x)[8]) const {
+    constexpr bool kNeighbours = kPairing == Pairing::kInterleaved;
     PairValues v;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      v.first[i] = x[interleaved ? 2 * i : i];
-      v.second[i] = x[interleaved ? 2 * i + 1 : i + 4];
+      v.first[i] = x[kNeighbours ? 2 * i : i];
+      v.second[i] = x[kNeighbours ? 2 * i + 1 : i + 4];
     }
     return v;
   }
@@ -196,7 +191,7 @@ struct PairLayout {
 
   template <class T>
   __device__ PairPack<T> pack(PairValues v) const {
-    if constexpr (interleaved) {
+    if constexpr (kPairing == Pairing::kInterleaved) {
       const PairValues x = v;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -208,37 +203,44 @@ struct PairLayout {
   }
 
   template <class T>
-  __device__ PairValues read(const T* row, int pair) const {
-    return values(read_pack(row, pair));
+  __device__ PairValues read(const T* row) const {
+    return values(read_pack(row));
   }
   template <class T>
-  __device__ void write(T* row, int pair, const PairValues& v) const {
-    write_pack(row, pair, pack<T>(v));
+  __device__ void write(T* row, const PairValues& v) const {
+    write_pack(row, pack<T>(v));
   }
 
-  __device__ bool has_last(int pair) const { return pair + 4 == D / 2; }
+ private:
+  __device__ int first(int pair) const { return interleaved ? 2 * pair : pair < rotated ? pair : pair + rotated; }
+  __device__ int second(int pair) const {
+    return interleaved ? 2 * pair + 1 : pair < rotated ? pair + rotated : pair + D / 2;
+  }
 };
 
 // One token's rotation of one lane's pairs. The last channel is DMC's own: it is 0 before rotating and again after.
 struct Rotation {
-  PairValues cos, sin;
+  float cos[4], sin[4];
 
-  template <class Layout>
-  __device__ void read(const Rotary& rotary, const Layout& layout, int token, int batch, int pair) {
-    const int64_t row = token * rotary.stride.token + batch * rotary.stride.batch;
-    if (layout.reads_tables(pair)) {
-      cos = layout.read(rotary.cos + row, pair);
-      sin = layout.read(rotary.sin + row, pair);
+  // Where the angles of a token's pairs begin in both tables.
+  static __device__ int64_t offset(const Rotary& rotary, int token, int batch) {
+    return token * rotary.stride.token + batch * rotary.stride.batch;
+  }
+
+  template <int D, Pairing kPairing>
+  __device__ void read(const Rotary& rotary, const LanePairs<D, kPairing>& pairs, int64_t offset) {
+    const int turning = pairs.rotated - pairs.pair;  // pairs that turn, of the lane's four
+    const float *from_cos = rotary.cos + offset + pairs.pair, *from_sin = rotary.sin + offset + pairs.pair;
+    if (kPairing != Pairing::kAny && turning > 0) {
+      const float4 c = *reinterpret_cast<const float4*>(from_cos), s = *reinterpret_cast<const float4*>(from_sin);
+      cos[0] = c.x, cos[1] = c.y, cos[2] = c.z, cos[3] = c.w;
+      sin[0] = s.x, sin[1] = s.y, sin[2] = s.z, sin[3] = s.w;
       return;
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool turns = pair + i < layout.rotated;
-      const int first = layout.first(pair + i), second = layout.second(pair + i);
-      cos.first[i] = turns ? rotary.cos[row + first] : 1.f;
-      cos.second[i] = turns ? rotary.cos[row + second] : 1.f;
-      sin.first[i] = turns ? rotary.sin[row + first] : 0.f;
-      sin.second[i] = turns ? rotary.sin[row + second] : 0.f;
+      cos[i] = kPairing == Pairing::kAny && i < turning ? from_cos[i] : 1.f;
+      sin[i] = kPairing == Pairing::kAny && i < turning ? from_sin[i] : 0.f;
     }
   }
 
@@ -247,8 +249,8 @@ struct Rotation {
     PairValues y;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      y.first[i] = x.first[i] * cos.first[i] - x.second[i] * sin.first[i];
-      y.second[i] = x.second[i] * cos.second[i] + x.first[i] * sin.second[i];
+      y.first[i] = x.first[i] * cos[i] - x.second[i] * sin[i];
+      y.second[i] = x.second[i] * cos[i] + x.first[i] * sin[i];
     }
     if (has_last) y.second[3] = 0.f;
     return y;
@@ -260,8 +262,8 @@ struct Rotation {
     PairValues x;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      x.first[i] = y.first[i] * cos.first[i] + y.second[i] * sin.second[i];
-      x.second[i] = y.second[i] * cos.second[i] - y.first[i] * sin.first[i];
+      x.first[i] = y.first[i] * cos[i] + y.second[i] * sin[i];
+      x.second[i] = y.second[i] * cos[i] - y.first[i] * sin[i];
     }
     if (has_last) x.second[3] = 0.f;
     return x;
@@ -303,7 +305,7 @@ cudaError_t dispatch(DType dtype, int channels, const Rotary& rotary, F&& f) {
     switch (pairing_of(rotary)) {
       case Pairing::kHalves: return f.template operator()<T, D, Pairing::kHalves>();
       case Pairing::kInterleaved: return f.template operator()<T, D, Pairing::kInterleaved>();
-      default: return f.template operator()<T, D, Pairing::kOddHalves>();
+      default: return f.template operator()<T, D, Pairing::kAny>();
     }
   });
 }

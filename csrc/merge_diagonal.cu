@@ -11,8 +11,8 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 8;  // of a thread block: 32 bytes of every [b, h, s] tensor
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, 6) merge_diagonal_kernel(const __grid_constant__ MergeDiagonal p) {
-  constexpr int kHeads = 8, kTokensAtOnce = kThreads / kLanes<D> / kHeads;
+__global__ void __launch_bounds__(kThreads, 4) merge_diagonal_kernel(const __grid_constant__ MergeDiagonal p) {
+  constexpr int kHeads = 8, kTokensAtOnce = kThreads / kLanes<D> / kHeads, kRounds = kTokens / kTokensAtOnce;
   const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
   const int head_blocks = (sequences * heads + kHeads - 1) / kHeads, row = threadIdx.x / kLanes<D>;
   const int sequence_head = blockIdx.x % head_blocks * kHeads + row % kHeads;
@@ -24,28 +24,43 @@ __global__ void __launch_bounds__(kThreads, 6) merge_diagonal_kernel(const __gri
   const T* const keys = static_cast<const T*>(p.attention_key) + kv_offset + D - 1;
   const T* const values = static_cast<const T*>(p.attention_value) + kv_offset + channel;
   T* const outputs = static_cast<T*>(p.output) + batch * p.output_stride.batch + head * p.output_stride.head + channel;
+  float* const logsumexps = p.logsumexp + int64_t(sequence_head) * tokens;
+  const float* const diagonals = p.diagonal + int64_t(sequence_head) * tokens;
+  const uint32_t lanes = (D / 8 == 32 ? ~0u : (1u << D / 8 % 32) - 1) << threadIdx.x % 32 / kLanes<D> * kLanes<D>;
   const int first = blockIdx.x / head_blocks * kTokens + row / kHeads;
-  T next = first < tokens ? keys[first * kv_stride] : T{};
-#pragma unroll 1  // unrolled, it would need more registers, and fewer rows would be under way
-  for (int i = 0; i < kTokens / kTokensAtOnce; ++i) {
-    const int token = first + i * kTokensAtOnce, following = token + kTokensAtOnce;
-    if (token >= tokens) return;
-    const float missing = -expm1f(p.bias_per_channel * to_float(next));
-    if (following < tokens) next = keys[following * kv_stride];
-    if (missing == 0.f) continue;
-    T* const to = outputs + token * p.output_stride.token;
-    float* const lse = p.logsumexp + int64_t(sequence_head) * tokens + token;
-    float out[8], value[8];
-    load(to, out);
-    load(values + token * kv_stride, value);
-    const float summed = *lse, own = p.diagonal[lse - p.logsumexp], above = own - summed;
-    const float added = missing * expf(fminf(above, 80.f)), keep = 1.f / (1.f + added), add = added * keep;
+  float missing[kRounds];  // 0 as well for tokens that do not exist
 #pragma unroll
-    for (int c = 0; c < 8; ++c) out[c] = out[c] * keep + value[c] * add;
-    store(to, out);
-    constexpr uint32_t kRow = D / 8 == 32 ? ~0u : (1u << D / 8 % 32) - 1;
-    __syncwarp(kRow << threadIdx.x % 32 / kLanes<D> * kLanes<D>);  // the row's lanes have read the old log-sum-exp
-    if (channel == 0) *lse = above < 80.f ? summed + log1pf(added) : own + logf(missing);
+  for (int i = 0; i < kRounds; ++i) {
+    const int token = first + i * kTokensAtOnce;
+    missing[i] = token < tokens ? -expm1f(p.bias_per_channel * to_float(keys[token * kv_stride])) : 0.f;
+  }
+  constexpr int kAtOnce = kRounds < 2 ? kRounds : 2;  // rows on their way to a thread
+#pragma unroll
+  for (int i = 0; i < kRounds; i += kAtOnce) {
+    Pack<T, 8> out[kAtOnce], value[kAtOnce];
+    float summed[kAtOnce], own[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (missing[i + j] == 0.f) continue;
+      const int token = first + (i + j) * kTokensAtOnce;
+      out[j] = *reinterpret_cast<const Pack<T, 8>*>(outputs + token * p.output_stride.token);
+      value[j] = *reinterpret_cast<const Pack<T, 8>*>(values + token * kv_stride);
+      summed[j] = logsumexps[token];
+      own[j] = diagonals[token];
+    }
+    __syncwarp(lanes);  // the row's lanes have read the log-sum-exp
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (missing[i + j] == 0.f) continue;
+      const int token = first + (i + j) * kTokensAtOnce;
+      const float above = own[j] - summed[j], added = missing[i + j] * expf(fminf(above, 80.f));
+      const float keep = 1.f / (1.f + added), add = added * keep;
+      float merged[8];
+#pragma unroll
+      for (int c = 0; c < 8; ++c) merged[c] = out[j][c] * keep + value[j][c] * add;
+      store(outputs + token * p.output_stride.token, merged);
+      if (channel == 0) logsumexps[token] = above < 80.f ? summed[j] + log1pf(added) : own[j] + logf(missing[i + j]);
+    }
   }
 }
 
@@ -58,10 +73,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
   const int token = blockIdx.x / head_blocks * kTokens + row / kHeads;
   const int sequence_head = blockIdx.x % head_blocks * kHeads + row % kHeads;
   const int batch = sequence_head / kv_heads, kv_head = sequence_head % kv_heads;
-  const PairLayout<D, kPairing> layout(p.rotary);
-  const int pair = threadIdx.x % kLanes<D> * 4;
-  const bool exists = token < tokens && sequence_head < sequences * kv_heads, owns = exists && pair < D / 2;
-  const bool has_last = layout.has_last(pair);
+  const LanePairs<D, kPairing> pairs(p.rotary, threadIdx.x % kLanes<D> * 4);
+  const bool exists = token < tokens && sequence_head < sequences * kv_heads, owns = exists && pairs.exist();
+  const bool has_last = pairs.have_last();
 
   const int64_t kv_index = (int64_t(token) * sequences + batch) * kv_heads + kv_head, kv_row = kv_index * D;
   Rotation rotation = {};
@@ -69,12 +83,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
   float bias = 0.f;
   if (owns) {
     bias = p.bias_per_channel * to_float(static_cast<const T*>(p.attention_key)[kv_row + D - 1]);
-    next = layout.read_pack(static_cast<const T*>(p.grad_query) + kv_row * group, pair);
-    key = layout.read_pack(static_cast<const T*>(p.attention_key) + kv_row, pair);
-    value = layout.read_pack(static_cast<const T*>(p.attention_value) + kv_row, pair);
-    grad_key = layout.read_pack(static_cast<const T*>(p.grad_key) + kv_row, pair);
-    grad_value = layout.read_pack(static_cast<const T*>(p.grad_value) + kv_row, pair);
-    rotation.read(p.rotary, layout, token, batch, pair);
+    next = pairs.read_pack(static_cast<const T*>(p.grad_query) + kv_row * group);
+    key = pairs.read_pack(static_cast<const T*>(p.attention_key) + kv_row);
+    value = pairs.read_pack(static_cast<const T*>(p.attention_value) + kv_row);
+    grad_key = pairs.read_pack(static_cast<const T*>(p.grad_key) + kv_row);
+    grad_value = pairs.read_pack(static_cast<const T*>(p.grad_value) + kv_row);
+    rotation.read(p.rotary, pairs, Rotation::offset(p.rotary, token, batch));
   }
   const float missing = -expm1f(bias);
   const bool any_missing = __any_sync(~0u, missing > 0.f);
@@ -92,11 +106,11 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
       PairPack<T> grad = {}, out = {}, query = {};
       float probability = 0.f;  // of the unbiased diagonal
       if (owns) {
-        grad = layout.read_pack(static_cast<const T*>(p.grad_output) + token * p.grad_output_stride.token +
-                                    batch * p.grad_output_stride.batch + head * p.grad_output_stride.head, pair);
-        out = layout.read_pack(static_cast<const T*>(p.output) + token * p.output_stride.token +
-                                   batch * p.output_stride.batch + head * p.output_stride.head, pair);
-        query = layout.read_pack(static_cast<const T*>(p.attention_query) + query_row, pair);
+        grad = pairs.read_pack(static_cast<const T*>(p.grad_output) + token * p.grad_output_stride.token +
+                                    batch * p.grad_output_stride.batch + head * p.grad_output_stride.head);
+        out = pairs.read_pack(static_cast<const T*>(p.output) + token * p.output_stride.token +
+                                   batch * p.output_stride.batch + head * p.output_stride.head);
+        query = pairs.read_pack(static_cast<const T*>(p.attention_query) + query_row);
         const int64_t index = (int64_t(batch) * heads + head) * tokens + token;
         probability = expf(p.diagonal[index] - p.logsumexp[index]);
       }
@@ -114,12 +128,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
       }
     }
     if (owns) {
-      if (i + 1 < group) next = layout.read_pack(static_cast<const T*>(p.grad_query) + query_row + D, pair);
+      if (i + 1 < group) next = pairs.read_pack(static_cast<const T*>(p.grad_query) + query_row + D);
       float sum[8];
 #pragma unroll
       for (int c = 0; c < 8; ++c) sum[c] = grad_query[c] + key_factor * key[c];
-      layout.write(static_cast<T*>(p.grad_query) + query_row, pair,
-                   rotation.apply_transposed(layout.paired(sum), has_last));
+      pairs.write(static_cast<T*>(p.grad_query) + query_row,
+                   rotation.apply_transposed(pairs.paired(sum), has_last));
     }
   }
   if (owns) {
@@ -128,9 +142,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_cons
       add_key[c] += grad_key[c];
       add_value[c] += grad_value[c];
     }
-    layout.write(static_cast<T*>(p.grad_key) + kv_row, pair,
-                 rotation.apply_transposed(layout.paired(add_key), has_last));
-    layout.write(static_cast<T*>(p.grad_value) + kv_row, pair, layout.paired(add_value));
+    pairs.write(static_cast<T*>(p.grad_key) + kv_row,
+                 rotation.apply_transposed(pairs.paired(add_key), has_last));
+    pairs.write(static_cast<T*>(p.grad_value) + kv_row, pairs.paired(add_value));
     if (has_last) p.grad_bias[kv_index] = grad_bias;
   }
 }

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   float* const merged_keys = reinterpret_cast<float*>(memory);  // [kTokens][kMergedStride]
   float* floats = reinterpret_cast<float*>(memory + Memory::row_bytes(back));
   Coefficients merging(floats, rows, halo, p.window);
-  float* keep = floats + Coefficients::floats(rows, kTokens);  // [kTokens + 1] log(1 - α)
+  float* bias = floats + Coefficients::floats(rows, kTokens);  // [kTokens + 1] of the key before, as the last channel holds it
 
   const T* key = static_cast<const T*>(p.key) + batch * p.key_stride.batch + kv_head * p.key_stride.head;
   const T* value = static_cast<const T*>(p.value) + batch * p.value_stride.batch + kv_head * p.value_stride.head;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
         p.weight[index] = weight;
       }
     }
-    if (row >= halo) keep[row - halo] = decision.keep;
+    if (row >= halo) bias[row - halo] = key_bias(decision.keep, p.bias.bias_per_channel);
   }
   __syncthreads();
   merging.tabulate(rows, thread, kThreads<T, D>);
@@ -170,45 +170,56 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
 
   // Rotate and write, row by row; a query is on its way while the one before is worked on.
   constexpr int kRowLanes = kLanes<D>, kRowsAtOnce = kThreads<T, D> / kRowLanes;
-  const PairLayout<D, kPairing> layout(p.rotary);
-  const int pair = lane % kRowLanes * 4;
-  const bool owns = pair < D / 2, has_last = layout.has_last(pair);
-  const auto read_query = [&](int row, int head) -> PairPack<T> {
-    if (!owns || row >= kTokens || start + row >= tokens) return {};
-    return layout.read_pack(query + (start + row) * p.query_stride.token + head * p.query_stride.head, pair);
+  const LanePairs<D, kPairing> pairs(p.rotary, lane % kRowLanes * 4);
+  const bool has_last = pairs.have_last();
+  const int first_row = thread / kRowLanes, end = min(kTokens, tokens - start);
+  const int64_t first_index = (int64_t(start + first_row) * sequences + batch) * kv_heads + kv_head;
+  T* to_key = static_cast<T*>(p.attention_key) + first_index * D;
+  T* to_query = static_cast<T*>(p.attention_query) + first_index * group * D;
+  float* to_diagonal = p.diagonal + (int64_t(batch) * heads + kv_head * group) * tokens + start + first_row;
+  const T* from_query = query + (start + first_row) * p.query_stride.token;
+  int64_t angles = Rotation::offset(p.rotary, start + first_row, batch);
+  const int64_t next_kv = int64_t(kRowsAtOnce) * sequences * kv_heads * D;
+  const int64_t next_head = p.query_stride.head;
+  const int64_t next_query = kRowsAtOnce * p.query_stride.token - (group - 1) * next_head;
+  const auto read_query = [&](int row) -> PairPack<T> {
+    return pairs.exist() && row < end ? pairs.read_pack(from_query) : PairPack<T>{};
   };
-  PairPack<T> next = read_query(thread / kRowLanes, 0);
+  PairPack<T> next = read_query(first_row);
   __syncthreads();
-  for (int row = thread / kRowLanes; row < kTokens; row += kRowsAtOnce) {
-    const int token = start + row;
-    if (__all_sync(~0u, token >= tokens)) break;
-    const bool writes = owns && token < tokens;
-    const int64_t index = (int64_t(token) * sequences + batch) * kv_heads + kv_head;
+  for (int row = first_row; row - first_row < end; row += kRowsAtOnce) {
+    const bool writes = pairs.exist() && row < end;
     Rotation rotation = {};
     PairValues rotated_key = {};
     if (writes) {
-      rotation.read(p.rotary, layout, token, batch, pair);
+      rotation.read(p.rotary, pairs, angles);
       PairPack<T> pack =
-          layout.template pack<T>(rotation.apply(layout.read(merged_keys + row * Memory::kMergedStride, pair), has_last));
-      rotated_key = layout.values(pack);  // as rounded
-      if (has_last)
-        pack.high.set(3, key_bias(token + 1 < tokens ? keep[row + 1] : 0.f, p.bias.bias_per_channel));
-      layout.write_pack(static_cast<T*>(p.attention_key) + index * D, pair, pack);
+          pairs.template pack<T>(rotation.apply(pairs.read(merged_keys + row * Memory::kMergedStride), has_last));
+      rotated_key = pairs.values(pack);  // as rounded
+      if (has_last) pack.high.set(3, bias[row + 1]);
+      pairs.write_pack(to_key, pack);
     }
+    T* to_head = to_query;
     for (int i = 0; i < group; ++i) {
       const PairPack<T> current = next;
-      next = i + 1 < group ? read_query(row, i + 1) : read_query(row + kRowsAtOnce, 0);
+      const bool last = i + 1 == group;
+      from_query += last ? next_query : next_head;
+      next = read_query(last ? row + kRowsAtOnce : row);
       PairValues rotated = {};
       if (writes) {
-        PairPack<T> pack = layout.template pack<T>(rotation.apply(layout.values(current), has_last));
-        rotated = layout.values(pack);
+        PairPack<T> pack = pairs.template pack<T>(rotation.apply(pairs.values(current), has_last));
+        rotated = pairs.values(pack);
         if (has_last) pack.high.set(3, p.bias.query_channel);
-        layout.write_pack(static_cast<T*>(p.attention_query) + (index * group + i) * D, pair, pack);
+        pairs.write_pack(to_head, pack);
       }
+      to_head += D;
       const float score = p.scale * dot<D>(rotated, rotated_key);
-      if (writes && pair == 0)
-        p.diagonal[(int64_t(batch) * heads + kv_head * group + i) * tokens + token] = score;
+      if (writes && has_last) to_diagonal[i * tokens] = score;
     }
+    angles += kRowsAtOnce * p.rotary.stride.token;
+    to_diagonal += kRowsAtOnce;
+    to_key += next_kv;
+    to_query += next_kv * group;
   }
 }
 

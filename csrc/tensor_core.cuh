@@ -110,11 +110,13 @@ template <class T>
 __device__ inline void write_row(T* to, const float (&c)[2][4], int lower, float scale, bool exists) {
   const int quad = threadIdx.x % 4, e = lower * 2;
   if constexpr (sizeof(T) == 2) {
+    // Neighbouring lanes exchange one pair each, so that each has four neighbouring channels.
     const uint32_t left = pack_two<T>(c[0][e] * scale, c[0][e + 1] * scale);
     const uint32_t right = pack_two<T>(c[1][e] * scale, c[1][e + 1] * scale);
     const bool odd = quad % 2;
     const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
-    if (exists) *reinterpret_cast<uint2*>(to + (odd ? 6 : 0) + 2 * quad) = odd ? make_uint2(other, right) : make_uint2(left, other);
+    const uint2 four = make_uint2(odd ? other : left, odd ? right : other);
+    if (exists) *reinterpret_cast<uint2*>(to + (odd ? 6 : 0) + 2 * quad) = four;
   } else if (exists) {
     *reinterpret_cast<float2*>(to + 2 * quad) = make_float2(c[0][e] * scale, c[0][e + 1] * scale);
     *reinterpret_cast<float2*>(to + 8 + 2 * quad) = make_float2(c[1][e] * scale, c[1][e + 1] * scale);
