@@ -60,13 +60,20 @@ __device__ inline void multiply_add_tiles(float (&c)[2][4], const uint32_t (&a)[
   }
 }
 
-// Rows in shared memory. The padding lets eight rows be read at once without bank conflicts.
+// Rows in shared memory. So that eight of them can be read at once without bank conflicts, pieces of 16 bytes change
+// places within a row, after a pattern that repeats every eight rows; where a row's length does not allow it, and in
+// float32, rows are padded instead.
 template <class T, int D>
 struct Rows {
-  static constexpr int kStride = D + 16 / sizeof(T);
+  static constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece;
+  static constexpr bool kSwizzled = sizeof(T) == 2 && (kPieces == 4 || kPieces % 8 == 0);
+  static constexpr int kStride = kSwizzled ? D : D + kPiece;
   T* data;
 
-  __device__ T* at(int row, int channel = 0) const { return data + row * kStride + channel; }
+  __device__ T* at(int row, int channel = 0) const {
+    if constexpr (kSwizzled) channel ^= (kPieces == 4 ? row / 2 % 4 : row % 8) * kPiece;
+    return data + row * kStride + channel;
+  }
 
   static constexpr int bytes(int rows) { return rows * kStride * int(sizeof(T)); }
 
@@ -127,7 +134,7 @@ __device__ inline void write_row(T* to, const float (&c)[2][4], int lower, float
 // does not have become 0.
 template <class T, int D, int kThreads>
 __device__ inline void copy_rows(Rows<T, D> to, const T* from, int64_t token_stride, int first, int count, int tokens) {
-  constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece, kAtOnce = kThreads / kPieces;
+  constexpr int kPiece = Rows<T, D>::kPiece, kPieces = Rows<T, D>::kPieces, kAtOnce = kThreads / kPieces;
   const int thread = threadIdx.x, channel = thread % kPieces * kPiece;
   if (thread >= kAtOnce * kPieces) return;
   int row = thread / kPieces, token = first + row;
@@ -137,7 +144,10 @@ __device__ inline void copy_rows(Rows<T, D> to, const T* from, int64_t token_str
     const bool exists = token >= 0 && token < tokens;
     copy_16_bytes(address, exists ? source : from, exists);
     source += kAtOnce * token_stride;
-    address += kAtOnce * Rows<T, D>::kStride * sizeof(T);
+    if constexpr (kAtOnce % 8 == 0)
+      address += kAtOnce * Rows<T, D>::kStride * sizeof(T);
+    else
+      address = shared_address(to.at(row + kAtOnce, channel));
   }
 }
 
