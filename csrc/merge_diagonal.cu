@@ -11,8 +11,8 @@ constexpr int kThreads = 256;
 constexpr int kTokens = 8;  // of a thread block: 32 bytes of every [b, h, s] tensor
 
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads, 4) merge_diagonal_kernel(const __grid_constant__ MergeDiagonal p) {
-  constexpr int kHeads = 8, kTokensAtOnce = kThreads / kLanes<D> / kHeads, kRounds = kTokens / kTokensAtOnce;
+__global__ void __launch_bounds__(kThreads, 6) merge_diagonal_kernel(const __grid_constant__ MergeDiagonal p) {
+  constexpr int kHeads = 8, kTokensAtOnce = kThreads / kLanes<D> / kHeads;
   const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
   const int head_blocks = (sequences * heads + kHeads - 1) / kHeads, row = threadIdx.x / kLanes<D>;
   const int sequence_head = blockIdx.x % head_blocks * kHeads + row % kHeads;
@@ -24,43 +24,28 @@ __global__ void __launch_bounds__(kThreads, 4) merge_diagonal_kernel(const __gri
   const T* const keys = static_cast<const T*>(p.attention_key) + kv_offset + D - 1;
   const T* const values = static_cast<const T*>(p.attention_value) + kv_offset + channel;
   T* const outputs = static_cast<T*>(p.output) + batch * p.output_stride.batch + head * p.output_stride.head + channel;
-  float* const logsumexps = p.logsumexp + int64_t(sequence_head) * tokens;
-  const float* const diagonals = p.diagonal + int64_t(sequence_head) * tokens;
-  const uint32_t lanes = (D / 8 == 32 ? ~0u : (1u << D / 8 % 32) - 1) << threadIdx.x % 32 / kLanes<D> * kLanes<D>;
   const int first = blockIdx.x / head_blocks * kTokens + row / kHeads;
-  float missing[kRounds];  // 0 as well for tokens that do not exist
+  T next = first < tokens ? keys[first * kv_stride] : T{};
+#pragma unroll 1  // unrolled, it would need more registers, and fewer rows would be under way
+  for (int i = 0; i < kTokens / kTokensAtOnce; ++i) {
+    const int token = first + i * kTokensAtOnce, following = token + kTokensAtOnce;
+    if (token >= tokens) return;
+    const float missing = -expm1f(p.bias_per_channel * to_float(next));
+    if (following < tokens) next = keys[following * kv_stride];
+    if (missing == 0.f) continue;
+    T* const to = outputs + token * p.output_stride.token;
+    float* const lse = p.logsumexp + int64_t(sequence_head) * tokens + token;
+    float out[8], value[8];
+    load(to, out);
+    load(values + token * kv_stride, value);
+    const float summed = *lse, own = p.diagonal[lse - p.logsumexp], above = own - summed;
+    const float added = missing * expf(fminf(above, 80.f)), keep = 1.f / (1.f + added), add = added * keep;
 #pragma unroll
-  for (int i = 0; i < kRounds; ++i) {
-    const int token = first + i * kTokensAtOnce;
-    missing[i] = token < tokens ? -expm1f(p.bias_per_channel * to_float(keys[token * kv_stride])) : 0.f;
-  }
-  constexpr int kAtOnce = kRounds < 2 ? kRounds : 2;  // rows on their way to a thread
-#pragma unroll
-  for (int i = 0; i < kRounds; i += kAtOnce) {
-    Pack<T, 8> out[kAtOnce], value[kAtOnce];
-    float summed[kAtOnce], own[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (missing[i + j] == 0.f) continue;
-      const int token = first + (i + j) * kTokensAtOnce;
-      out[j] = *reinterpret_cast<const Pack<T, 8>*>(outputs + token * p.output_stride.token);
-      value[j] = *reinterpret_cast<const Pack<T, 8>*>(values + token * kv_stride);
-      summed[j] = logsumexps[token];
-      own[j] = diagonals[token];
-    }
-    __syncwarp(lanes);  // the row's lanes have read the log-sum-exp
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (missing[i + j] == 0.f) continue;
-      const int token = first + (i + j) * kTokensAtOnce;
-      const float above = own[j] - summed[j], added = missing[i + j] * expf(fminf(above, 80.f));
-      const float keep = 1.f / (1.f + added), add = added * keep;
-      float merged[8];
-#pragma unroll
-      for (int c = 0; c < 8; ++c) merged[c] = out[j][c] * keep + value[j][c] * add;
-      store(outputs + token * p.output_stride.token, merged);
-      if (channel == 0) logsumexps[token] = above < 80.f ? summed[j] + log1pf(added) : own[j] + logf(missing[i + j]);
-    }
+    for (int c = 0; c < 8; ++c) out[c] = out[c] * keep + value[c] * add;
+    store(to, out);
+    constexpr uint32_t kRow = D / 8 == 32 ? ~0u : (1u << D / 8 % 32) - 1;
+    __syncwarp(kRow << threadIdx.x % 32 / kLanes<D> * kLanes<D>);  // the row's lanes have read the old log-sum-exp
+    if (channel == 0) *lse = above < 80.f ? summed + log1pf(added) : own + logf(missing);
   }
 }
 

@@ -68,7 +68,6 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   end_of_copies();
 
   // Decisions and importance, one thread a token; one token more than the tile, for the last key's bias.
-  const uint64_t noise_key = p.noise_key ? *p.noise_key : 0;
   for (int row = thread; row <= rows; row += kThreads<T, D>) {
     const int token = start - halo + row;
     const bool exists = token >= 0 && token < tokens;
@@ -76,15 +75,18 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
     Decision decision{0.f, 0.f};
     float weight = 0.f;
     if (exists) {
-      float logit = to_float(key[token * p.key_stride.token + D - 1]) - p.offset;
-      if (p.noise) logit += p.noise[index];
+      // All that is read here, before any of it is used.
+      const T decides = key[token * p.key_stride.token + D - 1];
+      const T* weighs = query + token * p.query_stride.token + D - 1;
+      const float noise = p.noise ? p.noise[index] : 0.f;
+      const uint64_t noise_key = p.noise_key ? *const_cast<const volatile int64_t*>(p.noise_key) : 0;
+      float last = to_float(*weighs);
+      for (int i = 1; i < group; ++i) last += to_float(weighs[i * p.query_stride.head]);
+      float logit = to_float(decides) - p.offset + noise;
       if (p.noise_key)
         logit += logistic_noise(
             noise_key, make_uint4(token, batch, p.noise_first_head + kv_head, p.noise_stream));
       if (token > 0) decision = decide(logit, p.temperature);  // the first token has nothing to merge into
-      float last = 0.f;
-      for (int i = 0; i < group; ++i)
-        last += to_float(query[token * p.query_stride.token + i * p.query_stride.head + D - 1]);
       weight = 1.f / (1.f + expf(-(last / group + p.offset))) + 0x1p-7f;
     }
     if (row < rows) {
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
     }
   }
 
-  // Rotate and write, row by row; a query is on its way while the one before is worked on.
+  // Rotate and write, row by row; a query and a rotation are on their way while those before are worked on.
   constexpr int kRowLanes = kLanes<D>, kRowsAtOnce = kThreads<T, D> / kRowLanes;
   const LanePairs<D, kPairing> pairs(p.rotary, lane % kRowLanes * 4);
   const bool has_last = pairs.have_last();
@@ -185,14 +187,21 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   const auto read_query = [&](int row) -> PairPack<T> {
     return pairs.exist() && row < end ? pairs.read_pack(from_query) : PairPack<T>{};
   };
+  const auto read_rotation = [&](int row) {
+    Rotation rotation = {};
+    if (pairs.exist() && row < end) rotation.read(p.rotary, pairs, angles);
+    return rotation;
+  };
   PairPack<T> next = read_query(first_row);
+  Rotation next_rotation = read_rotation(first_row);
   __syncthreads();
   for (int row = first_row; row - first_row < end; row += kRowsAtOnce) {
     const bool writes = pairs.exist() && row < end;
-    Rotation rotation = {};
+    const Rotation rotation = next_rotation;
+    angles += kRowsAtOnce * p.rotary.stride.token;
+    next_rotation = read_rotation(row + kRowsAtOnce);
     PairValues rotated_key = {};
     if (writes) {
-      rotation.read(p.rotary, pairs, angles);
       PairPack<T> pack =
           pairs.template pack<T>(rotation.apply(pairs.read(merged_keys + row * Memory::kMergedStride), has_last));
       rotated_key = pairs.values(pack);  // as rounded
@@ -216,7 +225,6 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
       const float score = p.scale * dot<D>(rotated, rotated_key);
       if (writes && has_last) to_diagonal[i * tokens] = score;
     }
-    angles += kRowsAtOnce * p.rotary.stride.token;
     to_diagonal += kRowsAtOnce;
     to_key += next_kv;
     to_query += next_kv * group;

@@ -26,12 +26,9 @@ struct BackwardMemory {
            + Coefficients::floats(kTokens + 2 * halo, kTokens + halo) + (kTokens + halo)  // inverse totals
            + (back + 1) * kTokens + kTokens / kBlock + back + 2 * kTokens;
   }
-  // Half of the channels, of keys or of values, and of their gradients.
-  using Stage = Rows<T, D / 2>;
-  static constexpr int stage_rows(int back) { return 2 * kTokens + 3 * back * kBlock; }
-
   static constexpr int bytes(int back) {
-    return 2 * Stage::bytes(stage_rows(back)) + 4 * (kFragments + floats(back));
+    const int halo = back * kBlock;
+    return Rows<T, D>::bytes(kTokens + 2 * halo) + Rows<T, D>::bytes(kTokens + halo) + 4 * (kFragments + floats(back));
   }
 };
 
@@ -48,13 +45,9 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   const auto scalar_index = [&](int token) { return (int64_t(token) * sequences + batch) * kv_heads + kv_head; };
 
   extern __shared__ __align__(16) char memory[];
-  // Four stages, two at a time: keys and their gradients, values and theirs, each by halves of the channels.
-  using Stage = typename BackwardMemory<T, D>::Stage;
-  const Stage stages{reinterpret_cast<T*>(memory)};
-  const int stage_rows = BackwardMemory<T, D>::stage_rows(back);
-  const auto sources_of = [&](int stage) { return Stage{stages.at(stage % 2 * stage_rows)}; };
-  const auto gradients_of = [&](int stage) { return Stage{stages.at(stage % 2 * stage_rows + rows)}; };
-  uint32_t* const fragments = reinterpret_cast<uint32_t*>(stages.at(2 * stage_rows));
+  // Keys and their gradients first, then values and theirs.
+  const Rows<T, D> sources{reinterpret_cast<T*>(memory)}, gradients{sources.at(rows)};
+  uint32_t* const fragments = reinterpret_cast<uint32_t*>(gradients.at(grad_rows));
   float* const products = reinterpret_cast<float*>(fragments + BackwardMemory<T, D>::kFragments);
   float* floats = products + (kBlocks + back) * (back + 1) * kBlock * kBlock;
   Coefficients merging(floats, rows, halo, p.window);
@@ -69,36 +62,33 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   const int64_t row_offset = (int64_t(batch) * kv_heads + kv_head) * D, row_stride = int64_t(sequences) * kv_heads * D;
   const T* grad_merged_key = static_cast<const T*>(p.grad_merged_key) + row_offset;
   const T* grad_merged_value = static_cast<const T*>(p.grad_merged_value) + row_offset;
-  const auto copy = [&](int stage) {
-    const bool of_values = stage / 2;
-    const int channel = stage % 2 * (D / 2);
-    copy_rows<T, D / 2, kThreads<T, D>>(gradients_of(stage), (of_values ? grad_merged_value : grad_merged_key) + channel,
-                                        row_stride, start, grad_rows, tokens);
-    copy_rows<T, D / 2, kThreads<T, D>>(sources_of(stage), (of_values ? value : key) + channel,
-                                        of_values ? p.value_stride.token : p.key_stride.token, start - halo, rows, tokens);
+  const auto copy = [&](bool of_values) {
+    copy_rows<T, D, kThreads<T, D>>(gradients, of_values ? grad_merged_value : grad_merged_key, row_stride, start,
+                                    grad_rows, tokens);
+    copy_rows<T, D, kThreads<T, D>>(sources, of_values ? value : key,
+                                    of_values ? p.value_stride.token : p.key_stride.token, start - halo, rows, tokens);
     end_of_copies();
   };
-  copy(0);
-  copy(1);
+  copy(false);
 
   const float inverse_temperature = p.temperature == 0.f ? 0.f : 1.f / p.temperature;  // hard decisions: no gradient
   for (int row = thread; row < rows; row += kThreads<T, D>) {
     const int token = start - halo + row;
-    const bool exists = token >= 0 && token < tokens;
+    const bool exists = token >= 0 && token < tokens, in_tile = exists && row >= halo && row < halo + kTokens;
+    // All that is read here, before any of it is used.
     const float alpha = exists ? p.alpha[scalar_index(token)] : 0.f;
+    const float weight = exists ? p.weight[scalar_index(token)] : 0.f;
+    const float grad_bias = in_tile && token > 0 ? p.grad_bias[scalar_index(token - 1)] : 0.f;
+    const float grad_alpha =
+        in_tile && token > 0 && p.grad_alpha
+            ? p.grad_alpha[token * p.grad_alpha_stride.token + batch * p.grad_alpha_stride.batch +
+                           kv_head * p.grad_alpha_stride.head]
+            : 0.f;
     merging.alpha[row] = alpha;
-    merging.weight[row] = exists ? p.weight[scalar_index(token)] : 0.f;
-    if (row < halo || row >= halo + kTokens) continue;
+    merging.weight[row] = weight;
     // What reaches the decision past the merge: α = sigmoid(a/τ), and the key before is biased by log(1 - α).
-    float direct = 0.f;
-    if (exists && token > 0) {
-      direct = -alpha * p.grad_bias[scalar_index(token - 1)];
-      if (p.grad_alpha)
-        direct += (1.f - alpha) * alpha *
-                  p.grad_alpha[token * p.grad_alpha_stride.token + batch * p.grad_alpha_stride.batch +
-                               kv_head * p.grad_alpha_stride.head];
-    }
-    grad_logit[row - halo] = direct * inverse_temperature;
+    if (row >= halo && row < halo + kTokens)
+      grad_logit[row - halo] = alpha * ((1.f - alpha) * grad_alpha - grad_bias) * inverse_temperature;
   }
   __syncthreads();
   merging.tabulate(rows, thread, kThreads<T, D>);
@@ -150,26 +140,25 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
     const int tile = (t_block - back) * (back + 1) + distance;
     return reinterpret_cast<float4*>(products + tile * kBlock * kBlock + lane * 8);
   };
-  const auto multiply = [&](int stage, int t_block, int distance) {
+  const auto multiply = [&](int t_block, int distance, bool of_values) {
     float sum[2][4] = {};
 #pragma unroll
-    for (int c = 0; c < D / 2; c += 16) {
+    for (int c = 0; c < D; c += 16) {
       uint32_t left[Planes<T>::elements][4], right[Planes<T>::elements][4];
-      gradients_of(stage).left(left, t_block * kBlock - halo, c);
-      sources_of(stage).right_transposed(right, (t_block - distance) * kBlock, c);
+      gradients.left(left, t_block * kBlock - halo, c);
+      sources.right_transposed(right, (t_block - distance) * kBlock, c);
       multiply_add_tiles<T>(sum, left, right);
     }
     float4* const to = product_tile(t_block, distance);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float4 before = stage ? to[n] : make_float4(0.f, 0.f, 0.f, 0.f);
+      const float4 before = of_values ? to[n] : make_float4(0.f, 0.f, 0.f, 0.f);
       to[n] = make_float4(before.x + sum[n][0], before.y + sum[n][1], before.z + sum[n][2], before.w + sum[n][3]);
     }
   };
-  // Gradients of 16 tokens' keys or values, a stage's channels by two warps.
-  const auto spread = [&](int stage, int block, bool second) {
-    constexpr int kAll = D / 32, kChunks = (kAll + 1) / 2;  // runs of 16 channels: a stage's, a warp's
-    const int first = second ? kChunks : 0;
+  // Gradients of 16 tokens' keys or values, half of their channels.
+  const auto spread = [&](T* to, int block, int first_channel) {
+    constexpr int kChunks = D / 32;
     float sums[kChunks][2][4] = {}, between = 1.f;
     for (int other = block; other <= block + back; ++other) {
       Fragment coefficients;
@@ -184,39 +173,37 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
       }
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
-        if (first + c >= kAll) continue;
         uint32_t tile[Planes<T>::elements][4];
-        gradients_of(stage).right(tile, other * kBlock - halo, (first + c) * 16);
+        gradients.right(tile, other * kBlock - halo, first_channel + c * 16);
         multiply_add_tiles<T>(sums[c], coefficients, tile);
       }
       if (other > block) between *= merging.block_product(other);
     }
-    T* const to = static_cast<T*>(stage / 2 ? p.grad_value : p.grad_key) + row_offset + stage % 2 * (D / 2) + first * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = start + (block - back) * kBlock + tile_row(i);
+      T* const row = to + token * row_stride + row_offset + first_channel;
 #pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        write_row(to + token * row_stride + c * 16, sums[c], i, 1.f, token < tokens && first + c < kAll);
+      for (int c = 0; c < kChunks; ++c) write_row(row + c * 16, sums[c], i, 1.f, token < tokens);
     }
   };
 
   const int pairs = (kBlocks + back) * (back + 1);  // of blocks: t in the tile, or reached by its tokens
-#pragma unroll 1
-  for (int stage = 0; stage < 4; ++stage) {
-    if (stage < 3)
-      wait_for_copies<1>();
-    else
-      wait_for_copies<0>();
+  for (int of_values = 0; of_values < 2; ++of_values) {
+    if (of_values) {
+      __syncthreads();  // everyone is done with the keys
+      copy(true);
+    }
+    wait_for_copies<0>();
+    T* const to = static_cast<T*>(of_values ? p.grad_value : p.grad_key);
     for (int task = warp; task < 2 * kBlocks + pairs; task += kWarps) {
       if (task < 2 * kBlocks)
-        spread(stage, back + task / 2, task % 2);
+        spread(to, back + task / 2, task % 2 * (D / 2));
       else
-        multiply(stage, back + (task - 2 * kBlocks) / (back + 1), (task - 2 * kBlocks) % (back + 1));
+        multiply(back + (task - 2 * kBlocks) / (back + 1), (task - 2 * kBlocks) % (back + 1), of_values);
     }
-    __syncthreads();  // everyone is done with the stage
-    if (stage < 2) copy(stage + 2);
   }
+  __syncthreads();
 
   for (int block = back + warp; block < 2 * back + kBlocks; block += kWarps) {
     float mean[2] = {}, between = 1.f;
