@@ -122,8 +122,12 @@ Shape shape_of(const Tensor& query, const Tensor& key) {
           key.size(2), " KV heads: the first must be a multiple of the second");
   const int64_t d = query.size(3);
   require(d == 64 || d == 96 || d == 128 || d == 256, "query has ", d, " channels; the kernels are built for 64, 96, 128, 256");
-  require(query.size(0) < (1 << 30), "query has too many tokens: ", query.size(0));
-  return {int(query.size(0)), int(query.size(1)), int(query.size(2)), int(key.size(2)), int(d)};
+  // A launch has at most 65535 tiles of tokens; the smallest tiles hold 16 of float32, 32 of 16-bit numbers.
+  const int64_t most = 65535 * (query.scalar_type() == ScalarType::Float ? 16 : 32);
+  require(query.size(0) <= most && query.size(1) <= 65535, "query has ", query.size(0), " tokens of ", query.size(1),
+          " sequences; a call takes ", most, " of 65535");
+  return {int(query.size(0)), int(query.size(1)), int(query.size(2)), int(key.size(2)), int(d),
+          int(query.size(2) / key.size(2))};
 }
 
 Sizes query_sizes(const Shape& s) { return {s.tokens, s.batch, s.heads, s.channels}; }

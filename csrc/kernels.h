@@ -18,6 +18,7 @@ struct Strides {
 
 struct Shape {
   int tokens, batch, heads, kv_heads, channels;
+  int group;  // query heads of a KV head
 };
 
 // The rotary tables, float32 rows of one angle a pair of channels; strides without heads. pairs == 0: no rotation.

@@ -13,13 +13,13 @@ constexpr int kTokens = 8;  // of a thread block: 32 bytes of every [b, h, s] te
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, 6) merge_diagonal_kernel(const __grid_constant__ MergeDiagonal p) {
   constexpr int kHeads = 8, kTokensAtOnce = kThreads / kLanes<D> / kHeads;
-  const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
+  const auto [tokens, sequences, heads, kv_heads, channels, group] = p.shape;
   const int head_blocks = (sequences * heads + kHeads - 1) / kHeads, row = threadIdx.x / kLanes<D>;
   const int sequence_head = blockIdx.x % head_blocks * kHeads + row % kHeads;
   const int channel = threadIdx.x % kLanes<D> * 8;
   if (sequence_head >= sequences * heads || channel >= D) return;
   const int batch = sequence_head / heads, head = sequence_head % heads;
-  const int64_t kv_offset = (int64_t(batch) * kv_heads + head / (heads / kv_heads)) * D;
+  const int64_t kv_offset = (int64_t(batch) * kv_heads + head / group) * D;
   const int64_t kv_stride = int64_t(sequences) * kv_heads * D;
   const T* const keys = static_cast<const T*>(p.attention_key) + kv_offset + D - 1;
   const T* const values = static_cast<const T*>(p.attention_value) + kv_offset + channel;
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kThreads, 6) merge_diagonal_kernel(const __gri
 template <class T, int D, Pairing kPairing>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const __grid_constant__ MergeDiagonalBackward p) {
   constexpr int kRows = kThreads / kLanes<D>, kHeads = kRows / kTokens;
-  const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
-  const int group = heads / kv_heads, head_blocks = (sequences * kv_heads + kHeads - 1) / kHeads;
+  const auto [tokens, sequences, heads, kv_heads, channels, group] = p.shape;
+  const int head_blocks = (sequences * kv_heads + kHeads - 1) / kHeads;
   const int row = threadIdx.x / kLanes<D>;
   const int token = blockIdx.x / head_blocks * kTokens + row / kHeads;
   const int sequence_head = blockIdx.x % head_blocks * kHeads + row % kHeads;

@@ -44,10 +44,8 @@ template <class T, int D, Pairing kPairing>
 __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3 : 1) prepare_kernel(const __grid_constant__ Prepare p) {
   using Memory = PrepareMemory<T, D>;
   constexpr int kTokens = Memory::kTokens;
-  const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
-  const int group = heads / kv_heads;
-  const int kv_head = blockIdx.x % kv_heads, batch = blockIdx.x / kv_heads % sequences;
-  const int start = blockIdx.x / kv_heads / sequences * kTokens;
+  const auto [tokens, sequences, heads, kv_heads, channels, group] = p.shape;
+  const int kv_head = blockIdx.x, batch = blockIdx.y, start = blockIdx.z * kTokens;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int back = blocks_back(p.window), halo = back * kBlock, rows = kTokens + halo;
 
@@ -238,9 +236,9 @@ static cudaError_t launch(const Prepare& p, cudaStream_t stream) {
   const int bytes = PrepareMemory<T, D>::bytes(blocks_back(p.window));
   if (auto error = cudaFuncSetAttribute(prepare_kernel<T, D, kPairing>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
-  const int tiles = (p.shape.tokens + kTile<T, D> - 1) / kTile<T, D>;
+  const dim3 grid(p.shape.kv_heads, p.shape.batch, (p.shape.tokens + kTile<T, D> - 1) / kTile<T, D>);
   prepare_kernel<T, D, kPairing>
-      <<<tiles * p.shape.batch * p.shape.kv_heads, kThreads<T, D>, bytes, stream>>>(p);
+      <<<grid, kThreads<T, D>, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 

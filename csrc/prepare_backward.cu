@@ -35,10 +35,8 @@ struct BackwardMemory {
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3 : 1) backward_kernel(const __grid_constant__ PrepareBackward p) {
   constexpr int kTokens = BackwardMemory<T, D>::kTokens, kBlocks = kTokens / kBlock, kWarps = kThreads<T, D> / 32;
-  const auto [tokens, sequences, heads, kv_heads, channels] = p.shape;
-  const int group = heads / kv_heads;
-  const int kv_head = blockIdx.x % kv_heads, batch = blockIdx.x / kv_heads % sequences;
-  const int start = blockIdx.x / kv_heads / sequences * kTokens;
+  const auto [tokens, sequences, heads, kv_heads, channels, group] = p.shape;
+  const int kv_head = blockIdx.x, batch = blockIdx.y, start = blockIdx.z * kTokens;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int back = blocks_back(p.window), halo = back * kBlock;
   const int rows = kTokens + 2 * halo, grad_rows = kTokens + halo;  // before, in and behind the tile; in and behind it
@@ -249,6 +247,11 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   }
   __syncthreads();
 
+  const auto own_sum = [&](int row) {  // w_u dL/dw_u
+    float sum = 0.f;
+    for (int far = 0; far <= back; ++far) sum += column_sums[far * kTokens + row];
+    return sum;
+  };
   if (warp == 0) {  // α_u dL/dα_u along the tile, from what crosses its start; it restarts where a token appends
     constexpr int kEach = (kTokens + 31) / 32;
     float carried = 0.f;  // into this lane's tokens from those of the lanes before
@@ -261,7 +264,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
       const int row = lane * kEach + i;
       own[i] = 0.f;
       if (row >= kTokens) continue;
-      for (int far = 0; far <= back; ++far) own[i] += column_sums[far * kTokens + row];
+      own[i] = own_sum(row);
       if (appends(row)) sum = 0.f, restarts = true;
       sum += own[i];
     }
@@ -277,12 +280,15 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
     for (int i = 0; i < kEach; ++i) {
       const int row = lane * kEach + i;
       if (row >= kTokens) continue;
-      const float alpha = merging.alpha[halo + row], weight = merging.weight[halo + row], sigmoid = weight - 0x1p-7f;
+      const float alpha = merging.alpha[halo + row];
       if (appends(row)) before = 0.f;
       grad_logit[row] += (1.f - alpha) * before * inverse_temperature;
-      grad_last[row] = own[i] / weight * sigmoid * (1.f - sigmoid) / group;
       before += own[i];
     }
+  } else if (thread < 32 + kTokens) {
+    const int row = thread - 32;
+    const float weight = merging.weight[halo + row], sigmoid = weight - 0x1p-7f;
+    grad_last[row] = own_sum(row) / weight * sigmoid * (1.f - sigmoid) / group;
   }
   __syncthreads();
 
@@ -303,8 +309,8 @@ cudaError_t launch(const PrepareBackward& p, cudaStream_t stream) {
   const int bytes = BackwardMemory<T, D>::bytes(blocks_back(p.window));
   if (auto error = cudaFuncSetAttribute(backward_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
-  const int tiles = (p.shape.tokens + kTile<T, D> - 1) / kTile<T, D>;
-  backward_kernel<T, D><<<tiles * p.shape.batch * p.shape.kv_heads, kThreads<T, D>, bytes, stream>>>(p);
+  const dim3 grid(p.shape.kv_heads, p.shape.batch, (p.shape.tokens + kTile<T, D> - 1) / kTile<T, D>);
+  backward_kernel<T, D><<<grid, kThreads<T, D>, bytes, stream>>>(p);
   return cudaGetLastError();
 }
 

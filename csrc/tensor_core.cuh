@@ -137,18 +137,23 @@ __device__ inline void copy_rows(Rows<T, D> to, const T* from, int64_t token_str
   constexpr int kPiece = Rows<T, D>::kPiece, kPieces = Rows<T, D>::kPieces, kAtOnce = kThreads / kPieces;
   const int thread = threadIdx.x, channel = thread % kPieces * kPiece;
   if (thread >= kAtOnce * kPieces) return;
-  int row = thread / kPieces, token = first + row;
-  const T* source = from + token * token_stride + channel;
-  uint32_t address = shared_address(to.at(row, channel));
-  for (; row < count; row += kAtOnce, token += kAtOnce) {
-    const bool exists = token >= 0 && token < tokens;
-    copy_16_bytes(address, exists ? source : from, exists);
-    source += kAtOnce * token_stride;
-    if constexpr (kAtOnce % 8 == 0)
-      address += kAtOnce * Rows<T, D>::kStride * sizeof(T);
-    else
-      address = shared_address(to.at(row + kAtOnce, channel));
-  }
+  const auto copy = [&](auto exists) {
+    int row = thread / kPieces;
+    const T* source = from + (first + row) * token_stride + channel;
+    uint32_t address = shared_address(to.at(row, channel));
+    for (; row < count; row += kAtOnce) {
+      copy_16_bytes(address, exists(first + row) ? source : from, exists(first + row));
+      source += kAtOnce * token_stride;
+      if constexpr (kAtOnce % 8 == 0)
+        address += kAtOnce * Rows<T, D>::kStride * sizeof(T);
+      else
+        address = shared_address(to.at(row + kAtOnce, channel));
+    }
+  };
+  if (first >= 0 && first + count <= tokens)  // most tiles
+    copy([](int) { return true; });
+  else
+    copy([&](int token) { return token >= 0 && token < tokens; });
 }
 
 }  // namespace dmc

@@ -116,10 +116,10 @@ inline void run_fiber() {
 
 inline void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, const std::function<void()>& body) {
   kernel = &body;
-  for (unsigned b = 0; b < grid.x; ++b) {
+  for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
     Block state;
     block = &state;
-    state.index = {b, 0, 0};
+    state.index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     state.fibers.resize(threads.x);
     state.warps.resize((threads.x + 31) / 32);
     state.shared.assign(shared + 64, char(0xff));
