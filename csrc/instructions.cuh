@@ -49,4 +49,11 @@ __device__ inline void wait_for_copies() {
   __syncthreads();
 }
 
+// The same of this warp's own copies, for the warp alone.
+template <int kPending>
+__device__ inline void wait_for_own_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  __syncwarp();
+}
+
 }  // namespace dmc

@@ -35,8 +35,12 @@ struct PrepareMemory {
     const int source = 2 * Rows<T, D>::bytes(kTokens + back * kBlock), merged = 4 * kTokens * kMergedStride;
     return source > merged ? source : merged;
   }
+  // Queries on their way: of each warp kAhead times as many rows as it works on at once.
+  static constexpr int kAhead = 4, kQueryRows = kThreads<T, D> / kLanes<D> * kAhead;
+  static constexpr int kQueryBytes = kQueryRows * D * int(sizeof(T));
+
   static constexpr int bytes(int back) {
-    return row_bytes(back) + 4 * (Coefficients::floats(kTokens + back * kBlock, kTokens) + kTokens + 1);
+    return kQueryBytes + row_bytes(back) + 4 * (Coefficients::floats(kTokens + back * kBlock, kTokens) + kTokens + 1);
   }
 };
 
@@ -50,9 +54,11 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   const int back = blocks_back(p.window), halo = back * kBlock, rows = kTokens + halo;
 
   extern __shared__ __align__(16) char memory[];
-  const Rows<T, D> keys{reinterpret_cast<T*>(memory)}, values{keys.at(rows)};
-  float* const merged_keys = reinterpret_cast<float*>(memory);  // [kTokens][kMergedStride]
-  float* floats = reinterpret_cast<float*>(memory + Memory::row_bytes(back));
+  T* const queries = reinterpret_cast<T*>(memory);
+  char* const row_memory = memory + Memory::kQueryBytes;
+  const Rows<T, D> keys{reinterpret_cast<T*>(row_memory)}, values{keys.at(rows)};
+  float* const merged_keys = reinterpret_cast<float*>(row_memory);  // [kTokens][kMergedStride]
+  float* floats = reinterpret_cast<float*>(row_memory + Memory::row_bytes(back));
   Coefficients merging(floats, rows, halo, p.window);
   float* bias = floats + Coefficients::floats(rows, kTokens);  // [kTokens + 1] of the key before, as the last channel holds it
 
@@ -64,6 +70,32 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   end_of_copies();
   copy_rows<T, D, kThreads<T, D>>(keys, key, p.key_stride.token, start - halo, rows, tokens);
   end_of_copies();
+
+  // Queries, row by row and head by head, each warp for itself.
+  constexpr int kAhead = Memory::kAhead, kRowLanes = kLanes<D>, kRowsAtOnce = kThreads<T, D> / kRowLanes;
+  const int first_row = thread / kRowLanes, end = min(kTokens, tokens - start);
+  const int piece = lane % kRowLanes * 8;  // this lane's eight channels
+  T* const own_queries = queries + first_row * kAhead * D;
+  const T* from_query = query + (start + first_row) * p.query_stride.token + piece;
+  int copied = 0, copied_row = first_row, copied_head = 0;
+  const auto copy_query = [&] {
+    if (piece < D && copied_row < end) {
+      const uint32_t to = shared_address(own_queries + copied % kAhead * D + piece);
+#pragma unroll
+      for (int i = 0; i < int(sizeof(T)) / 2; ++i) copy_16_bytes(to + 16 * i, from_query + 16 * i / sizeof(T), true);
+    }
+    end_of_copies();
+    ++copied;
+    if (++copied_head < group) {
+      from_query += p.query_stride.head;
+    } else {
+      copied_head = 0;
+      copied_row += kRowsAtOnce;
+      from_query += kRowsAtOnce * p.query_stride.token - (group - 1) * p.query_stride.head;
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) copy_query();
 
   // Decisions and importance, one thread a token; one token more than the tile, for the last key's bias.
   for (int row = thread; row <= rows; row += kThreads<T, D>) {
@@ -78,8 +110,13 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
       const T* weighs = query + token * p.query_stride.token + D - 1;
       const float noise = p.noise ? p.noise[index] : 0.f;
       const uint64_t noise_key = p.noise_key ? *const_cast<const volatile int64_t*>(p.noise_key) : 0;
-      float last = to_float(*weighs);
-      for (int i = 1; i < group; ++i) last += to_float(weighs[i * p.query_stride.head]);
+      float last = 0.f;
+      for (int i = 0; i < group; i += 4) {
+        T four[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) four[j] = i + j < group ? weighs[(i + j) * p.query_stride.head] : from_float<T>(0.f);
+        last += (to_float(four[0]) + to_float(four[1])) + (to_float(four[2]) + to_float(four[3]));
+      }
       float logit = to_float(decides) - p.offset + noise;
       if (p.noise_key)
         logit += logistic_noise(
@@ -99,7 +136,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
   }
   __syncthreads();
   merging.tabulate(rows, thread, kThreads<T, D>);
-  wait_for_copies<1>();  // the values are there
+  wait_for_copies<kAhead + 1>();  // the values are there
 
   {  // Merge: two warps share 16 tokens, each takes half of the channels, of values first and then of keys.
     constexpr int kChunks = D / 32;
@@ -153,7 +190,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
       }
     }
     float sums[kChunks][2][4] = {};
-    wait_for_copies<0>();
+    wait_for_copies<kAhead>();
     merge(keys, sums);
     __syncthreads();  // the merged keys take the place of what they were made from
 #pragma unroll
@@ -168,38 +205,22 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
     }
   }
 
-  // Rotate and write, row by row; a query and a rotation are on their way while those before are worked on.
-  constexpr int kRowLanes = kLanes<D>, kRowsAtOnce = kThreads<T, D> / kRowLanes;
+  // Rotate and write, row by row.
   const LanePairs<D, kPairing> pairs(p.rotary, lane % kRowLanes * 4);
   const bool has_last = pairs.have_last();
-  const int first_row = thread / kRowLanes, end = min(kTokens, tokens - start);
   const int64_t first_index = (int64_t(start + first_row) * sequences + batch) * kv_heads + kv_head;
   T* to_key = static_cast<T*>(p.attention_key) + first_index * D;
   T* to_query = static_cast<T*>(p.attention_query) + first_index * group * D;
   float* to_diagonal = p.diagonal + (int64_t(batch) * heads + kv_head * group) * tokens + start + first_row;
-  const T* from_query = query + (start + first_row) * p.query_stride.token;
   int64_t angles = Rotation::offset(p.rotary, start + first_row, batch);
   const int64_t next_kv = int64_t(kRowsAtOnce) * sequences * kv_heads * D;
-  const int64_t next_head = p.query_stride.head;
-  const int64_t next_query = kRowsAtOnce * p.query_stride.token - (group - 1) * next_head;
-  const auto read_query = [&](int row) -> PairPack<T> {
-    return pairs.exist() && row < end ? pairs.read_pack(from_query) : PairPack<T>{};
-  };
-  const auto read_rotation = [&](int row) {
-    Rotation rotation = {};
-    if (pairs.exist() && row < end) rotation.read(p.rotary, pairs, angles);
-    return rotation;
-  };
-  PairPack<T> next = read_query(first_row);
-  Rotation next_rotation = read_rotation(first_row);
   __syncthreads();
   for (int row = first_row; row - first_row < end; row += kRowsAtOnce) {
     const bool writes = pairs.exist() && row < end;
-    const Rotation rotation = next_rotation;
-    angles += kRowsAtOnce * p.rotary.stride.token;
-    next_rotation = read_rotation(row + kRowsAtOnce);
+    Rotation rotation = {};
     PairValues rotated_key = {};
     if (writes) {
+      rotation.read(p.rotary, pairs, angles);
       PairPack<T> pack =
           pairs.template pack<T>(rotation.apply(pairs.read(merged_keys + row * Memory::kMergedStride), has_last));
       rotated_key = pairs.values(pack);  // as rounded
@@ -208,13 +229,14 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
     }
     T* to_head = to_query;
     for (int i = 0; i < group; ++i) {
-      const PairPack<T> current = next;
-      const bool last = i + 1 == group;
-      from_query += last ? next_query : next_head;
-      next = read_query(last ? row + kRowsAtOnce : row);
+      wait_for_own_copies<kAhead - 1>();
+      PairPack<T> query_pack = {};
+      if (writes) query_pack = pairs.read_pack(own_queries + copied % kAhead * D);
+      __syncwarp();
+      copy_query();  // in its place
       PairValues rotated = {};
       if (writes) {
-        PairPack<T> pack = pairs.template pack<T>(rotation.apply(pairs.values(current), has_last));
+        PairPack<T> pack = pairs.template pack<T>(rotation.apply(pairs.values(query_pack), has_last));
         rotated = pairs.values(pack);
         if (has_last) pack.high.set(3, p.bias.query_channel);
         pairs.write_pack(to_head, pack);
@@ -223,6 +245,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
       const float score = p.scale * dot<D>(rotated, rotated_key);
       if (writes && has_last) to_diagonal[i * tokens] = score;
     }
+    angles += kRowsAtOnce * p.rotary.stride.token;
     to_diagonal += kRowsAtOnce;
     to_key += next_kv;
     to_query += next_kv * group;

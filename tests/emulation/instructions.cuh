@@ -56,7 +56,7 @@ inline void copy_16_bytes(uint32_t to, const void* from, bool exists) {
 inline void end_of_copies() { emulation::fiber().copies.emplace_back(); }
 
 template <int kPending>
-inline void wait_for_copies() {
+inline void arrive() {
   auto& groups = emulation::fiber().copies;
   while (groups.size() > kPending + 1) {
     for (const auto& copy : groups.front()) {
@@ -65,7 +65,18 @@ inline void wait_for_copies() {
     }
     groups.erase(groups.begin());
   }
+}
+
+template <int kPending>
+inline void wait_for_copies() {
+  arrive<kPending>();
   __syncthreads();
+}
+
+template <int kPending>
+inline void wait_for_own_copies() {
+  arrive<kPending>();
+  __syncwarp();
 }
 
 }  // namespace dmc
