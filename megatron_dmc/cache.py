@@ -1,0 +1,346 @@
+"""The paged KV cache: one pool of small pages for all layers, heads and sequences, kept by the device alone.
+
+Every KV head of every layer and sequence has as many entries as its decisions left, so every one of them takes pages
+of its own, of `PAGE_ENTRIES` entries of one head. A *slot* is a place for one sequence. A step goes
+
+    step = cache.begin(slots, new_tokens)   # a page for every head that may need one, or `dry`: then nothing changes
+    ...                                     # each layer writes entries, and lengths into `step.lengths`
+    cache.commit(step)                      # lengths and tokens become valid, unless the pool was dry
+
+Nothing here waits for the device: no length, page or flag comes to the host, and a step can be captured in a CUDA
+graph. What has not been committed has not happened: a step that found the pool dry can be repeated once pages are free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dmc.config import DMCError
+
+PAGE_ENTRIES = 16
+"""Entries of a page."""
+
+MAX_NEW_TOKENS = 8
+"""New tokens that one step may bring to a sequence."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a cache is for.
+
+    Attributes:
+        layers, kv_heads, channels: of the model, on this rank.
+        slots: sequences that can be in it at once.
+        max_tokens: the longest sequence.
+        window: how many tokens a merge reaches back; 0 sets no limit.
+    """
+
+    layers: int
+    slots: int
+    kv_heads: int
+    channels: int
+    max_tokens: int
+    window: int
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "slots", "kv_heads", "channels", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise DMCError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.window < 0:
+            raise DMCError(f"window must be 0 (no limit) or a number of tokens; got {self.window}")
+
+    @property
+    def heads(self) -> int:
+        """Heads with pages of their own: layers × slots × KV heads."""
+        return self.layers * self.slots * self.kv_heads
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of one head of the longest sequence, none of whose tokens merge."""
+        return -(-self.max_tokens // PAGE_ENTRIES)
+
+    @property
+    def recent_tokens(self) -> int:
+        """Tokens that stay at hand to merge with: what a window reaches back, and a step's, which may be repeated."""
+        return self.window - 1 + MAX_NEW_TOKENS if self.window else 0
+
+    def page_bytes(self, dtype: torch.dtype) -> int:
+        return 2 * PAGE_ENTRIES * self.channels * dtype.itemsize
+
+    def fixed_bytes(self, dtype: torch.dtype) -> int:
+        """All that is not pages: block tables, lengths, and the state of open segments."""
+        if self.window:
+            state = self.recent_tokens * (2 * self.channels * dtype.itemsize + 4)
+        else:
+            state = 2 * (2 * self.channels + 1) * 4
+        return (self.heads + self.layers * self.kv_heads) * (4 * self.max_pages + 4 + state)
+
+
+@dataclass(frozen=True)
+class CacheStatistics:
+    """What a cache holds; reading it waits for the device.
+
+    Attributes:
+        tokens: `[slots]` tokens of each sequence.
+        entries: `[layers, slots, kv_heads]` entries of each head.
+        pages: in the pool.
+        pages_free: of them not taken.
+        entry_bytes, page_bytes, fixed_bytes: of the entries, of the pages taken, and of all that is not pages.
+    """
+
+    tokens: Tensor
+    entries: Tensor
+    pages: int
+    pages_free: int
+    entry_bytes: int
+    page_bytes: int
+    fixed_bytes: int
+
+    @property
+    def ratio(self) -> Tensor:
+        """`[layers, kv_heads]` tokens per entry; NaN while there are none."""
+        return self.tokens.sum() / self.entries.sum(1)
+
+    @property
+    def fragmentation(self) -> float:
+        """Share of the taken pages' entries that is not used."""
+        return 1 - self.entry_bytes / self.page_bytes if self.page_bytes else 0.0
+
+
+@dataclass
+class Step:
+    """New tokens on their way into the cache.
+
+    Attributes:
+        slots: `[b]` int64, -1 for places of a batch that hold no sequence.
+        new_tokens: of every sequence.
+        ok: `[]` bool on the device: whether there are pages for the step. Without them, layers must write nothing.
+        lengths: `[layers, b, kv_heads]` int32: the layers write here how many entries there are after the step.
+    """
+
+    slots: Tensor
+    new_tokens: int
+    ok: Tensor
+    lengths: Tensor
+
+
+class PagedCache:
+    """Pages, block tables, lengths and the state of open segments.
+
+    Args:
+        shape: what the cache is for.
+        pages: how many pages the pool has; `pages_in` says how many fit into memory.
+        dtype: of entries.
+        device: where all of it lives.
+
+    Attributes:
+        pages: `[pages, 2, PAGE_ENTRIES, channels]`, rotated merged keys and merged values.
+        table: `[layers, slots + 1, kv_heads, max_pages]` int32, pages in the order of their entries, -1 where there is
+            none. The last slot is nobody's: what a batch's empty places write goes there.
+        lengths: `[layers, slots + 1, kv_heads]` int32, entries in use, the open one included.
+        tokens: `[slots + 1]` int64, tokens seen.
+        dry: `[]` bool: whether a step has found too few pages since `clear_dry`.
+
+        With a window, the last tokens as they came, token `t` at `t % recent_tokens`:
+
+        recent: `[layers, slots + 1, kv_heads, recent_tokens, 2, channels]`, unrotated keys and values.
+        recent_weights: `[layers, slots + 1, kv_heads, recent_tokens]` float32, their importance.
+
+        Without one, the open segment so far, twice, after an even and an odd number of committed steps:
+
+        mean: `[2, layers, slots + 1, kv_heads, 2, channels]` float32, unrotated merged key and merged value.
+        total: `[2, layers, slots + 1, kv_heads]` float32, their weight.
+        steps: `[slots + 1]` int64, committed steps.
+
+    Raises:
+        DMCError: for a pool that could not hold a single token in every head of one sequence.
+    """
+
+    def __init__(self, shape: CacheShape, pages: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        least = shape.layers * shape.kv_heads
+        if pages < least:
+            raise DMCError(
+                f"{pages} pages are too few: one token of one sequence needs {least}, one for each of {shape.layers} "
+                f"layers and {shape.kv_heads} KV heads; give the cache more memory"
+            )
+        self.shape, self.dtype = shape, dtype
+        layers, slots, heads, channels = shape.layers, shape.slots + 1, shape.kv_heads, shape.channels
+        whole = dict(dtype=torch.int32, device=device)
+        self.pages = torch.empty(pages, 2, PAGE_ENTRIES, channels, dtype=dtype, device=device)
+        self.table = torch.full((layers, slots, heads, shape.max_pages), -1, **whole)
+        self.lengths = torch.zeros(layers, slots, heads, **whole)
+        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.dry = torch.zeros((), dtype=torch.bool, device=device)
+        self._free = torch.arange(pages + 1, **whole)  # a stack; what is not given back is written behind its end
+        self._free_count = torch.full((), pages, dtype=torch.int64, device=device)
+        if shape.window:
+            recent = (layers, slots, heads, shape.recent_tokens)
+            self.recent = torch.zeros(*recent, 2, channels, dtype=dtype, device=device)
+            self.recent_weights = torch.zeros(recent, dtype=torch.float32, device=device)
+        else:
+            self.mean = torch.zeros(2, layers, slots, heads, 2, channels, dtype=torch.float32, device=device)
+            self.total = torch.zeros(2, layers, slots, heads, dtype=torch.float32, device=device)
+            self.steps = torch.zeros(slots, dtype=torch.int64, device=device)
+
+    @staticmethod
+    def pages_in(
+        shape: CacheShape,
+        dtype: torch.dtype,
+        *,
+        gib: float | None = None,
+        memory_share: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> int:
+        """How many pages fit beside everything else of the cache.
+
+        Args:
+            gib: memory for the whole cache, in GiB; or
+            memory_share: the same as a share of what is free on `device` now, above 0 and at most 1.
+
+        Raises:
+            DMCError: unless exactly one is given, and for memory that is not enough.
+        """
+        if (gib is None) == (memory_share is None):
+            raise DMCError(f"give either gib or memory_share; got {gib} and {memory_share}")
+        if memory_share is not None:
+            if not 0 < memory_share <= 1:
+                raise DMCError(f"memory_share must be above 0 and at most 1; got {memory_share}")
+            total = int(torch.cuda.mem_get_info(device)[0] * memory_share)
+        else:
+            total = int(gib * 2**30)
+        fixed, page = shape.fixed_bytes(dtype), shape.page_bytes(dtype) + 4  # 4: its place in the free list
+        pages = (total - fixed) // page
+        if pages < shape.layers * shape.kv_heads:
+            raise DMCError(
+                f"{total / 2**30:.2f} GiB are too little: block tables and open segments of {shape.slots} slots of "
+                f"{shape.max_tokens} tokens take {fixed / 2**30:.2f} GiB, and one sequence at least "
+                f"{shape.layers * shape.kv_heads * page / 2**30:.2f} GiB; give more memory or fewer slots"
+            )
+        return pages
+
+    @torch.no_grad()
+    def begin(self, slots: Tensor, new_tokens: int) -> Step:
+        """Take the pages that a step may need, one at most for every head.
+
+        Args:
+            slots: `[b]` int64 on the cache's device, which sequences the batch holds; -1 for empty places. (A slot
+                twice, or a sequence that becomes too long, makes the whole step not `ok`.)
+            new_tokens: how many tokens each of them brings, at most `MAX_NEW_TOKENS`.
+
+        Raises:
+            DMCError: for arguments that do not fit.
+        """
+        self._check_slots(slots)
+        if not 1 <= new_tokens <= MAX_NEW_TOKENS:
+            raise DMCError(f"new_tokens must be 1 to {MAX_NEW_TOKENS}; got {new_tokens}")
+        rows = self._rows(slots)
+        lengths = self.lengths[:, rows]
+        last = (lengths.long() + new_tokens - 1).div(PAGE_ENTRIES, rounding_mode="floor")
+        place = last.clamp(max=self.shape.max_pages - 1)[..., None]
+        have = self.table[:, rows].gather(-1, place)[..., 0]
+        needs = (have < 0) & (slots >= 0)[:, None]
+        rank = needs.flatten().cumsum(0).view_as(needs)
+        needed = rank[-1, -1, -1]
+        fits = ((self.tokens[rows] + new_tokens <= self.shape.max_tokens) | (slots < 0)).all()
+        ok = (needed <= self._free_count) & fits & ~_repeated(slots).any()
+        taken = self._free[(self._free_count - rank).clamp(min=0)]
+        flat = torch.arange(self.shape.layers, device=slots.device)[:, None] * self.table.shape[1] + rows
+        flat = (flat[..., None] * self.shape.kv_heads + torch.arange(self.shape.kv_heads, device=slots.device))[
+            ..., None
+        ] * self.shape.max_pages + place
+        self.table.view(-1)[flat[..., 0]] = torch.where(needs & ok, taken, have)
+        self._free_count -= torch.where(ok, needed, 0)
+        self.dry |= ~ok
+        return Step(slots, new_tokens, ok, lengths.clone())
+
+    @torch.no_grad()
+    def commit(self, step: Step) -> None:
+        """Make a step's entries valid; without effect if there were no pages for it."""
+        rows, active = self._rows(step.slots), (step.slots >= 0) & step.ok
+        self.lengths[:, rows] = torch.where(active[:, None], step.lengths, self.lengths[:, rows])
+        self.tokens[rows] += torch.where(active, step.new_tokens, 0)
+        if not self.shape.window:
+            self.steps[rows] += active.long()
+
+    @torch.no_grad()
+    def release(self, slots: Tensor) -> None:
+        """Give back all that the sequences in `slots` `[b]` hold; -1, repetitions and empty slots are passed over."""
+        self._check_slots(slots)
+        slots = slots.masked_fill(_repeated(slots), -1)
+        rows, active = self._rows(slots), slots >= 0
+        table = self.table[:, rows]
+        gives = (table >= 0) & active[:, None, None]
+        rank = gives.flatten().cumsum(0).view_as(gives)
+        self._free[torch.where(gives, self._free_count + rank - 1, len(self.pages))] = table
+        self._free_count += rank[-1, -1, -1, -1]
+        self.table[:, rows] = -1
+        self.lengths[:, rows] = 0
+        self.tokens[rows] = 0
+
+    @torch.no_grad()
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Move sequences from the slots `source` `[b]` to the empty slots `target` `[b]`; -1 in both is passed over.
+
+        A slot may be source and target at once, so that sequences can change places. If a target holds a
+        sequence that does not move itself, or a slot is named twice, nothing moves.
+        """
+        self._check_slots(source)
+        self._check_slots(target)
+        if source.shape != target.shape:
+            raise DMCError(f"source and target must be equally many; got {tuple(source.shape)}, {tuple(target.shape)}")
+        leaves = (target[:, None] == source).any(1)
+        # By pages, not by tokens: a step that was begun and not committed leaves pages, too.
+        taken = (self.table[:, self._rows(target), :, 0] >= 0).any(0).any(-1) & ~leaves
+        moves = (source >= 0) & (target >= 0)
+        # All or nothing: a move that is left out would leave another without its place.
+        moves &= ~(moves & (taken | _repeated(source) | _repeated(target))).any()
+        here, there = (self._rows(x.masked_fill(~moves, -1)) for x in (source, target))
+        empty = dict(table=-1, lengths=0, tokens=0)
+        for name in ("table", "lengths", "tokens", "recent", "recent_weights", "mean", "total", "steps"):
+            x = getattr(self, name, None)
+            if x is None:
+                continue
+            dim = {"tokens": 0, "steps": 0, "mean": 2, "total": 2}.get(name, 1)
+            moved = x.index_select(dim, here)
+            if name in empty:
+                x.index_fill_(dim, here, empty[name])
+            x.index_copy_(dim, there, moved)
+
+    def clear_dry(self) -> None:
+        self.dry.zero_()
+
+    def statistics(self) -> CacheStatistics:
+        """What the cache holds now. Waits for the device."""
+        slots = self.shape.slots
+        entries, tokens = self.lengths[:, :slots].cpu(), self.tokens[:slots].cpu()
+        free = int(self._free_count)
+        page = self.shape.page_bytes(self.dtype)
+        return CacheStatistics(
+            tokens=tokens,
+            entries=entries,
+            pages=len(self.pages),
+            pages_free=free,
+            entry_bytes=int(entries.sum()) * page // PAGE_ENTRIES,
+            page_bytes=(len(self.pages) - free) * page,
+            fixed_bytes=self.shape.fixed_bytes(self.dtype),
+        )
+
+    def _rows(self, slots: Tensor) -> Tensor:
+        return torch.where(slots >= 0, slots, self.shape.slots)
+
+    def _check_slots(self, slots: Tensor) -> None:
+        if slots.dim() != 1 or not len(slots) or slots.dtype != torch.int64 or slots.device != self.lengths.device:
+            raise DMCError(
+                f"slots must be [b] int64 on {self.lengths.device}; got {tuple(slots.shape)} {slots.dtype} on "
+                f"{slots.device}"
+            )
+        if not slots.is_cuda and not (slots.min() >= -1 and slots.max() < self.shape.slots):  # a GPU we do not wait for
+            raise DMCError(f"slots must be -1 to {self.shape.slots - 1}; got {slots.tolist()}")
+
+
+def _repeated(slots: Tensor) -> Tensor:
+    """`[b]` bool: which slots occurred before in the list."""
+    return ((slots[:, None] == slots) & (slots >= 0)).tril(-1).any(1)
