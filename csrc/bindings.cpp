@@ -52,6 +52,8 @@ const char* name_of(ScalarType dtype) {
     case ScalarType::Float: return "float32";
     case ScalarType::Double: return "float64";
     case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }
 }
@@ -296,6 +298,92 @@ std::tuple<Tensor, Tensor> prepare_backward(Tensor grad_query, const Tensor& gra
   return {grad_key, grad_value};
 }
 
+std::tuple<Tensor, Tensor> paged_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> cos, std::optional<Tensor> sin,
+    Tensor pages, const Tensor& table, const Tensor& lengths, const Tensor& tokens, std::optional<Tensor> recent,
+    std::optional<Tensor> recent_weights, std::optional<Tensor> mean, std::optional<Tensor> total,
+    std::optional<Tensor> steps, const Tensor& slots, const Tensor& ok, Tensor new_lengths, const Tensor& first_unit,
+    const Tensor& first_head, Tensor arrived, int64_t window, double offset, bool interleaved, double scale) {
+  const Call call{query, "query"};
+  dmc::PagedAttention p{};
+  p.shape = shape_of(query, key);
+  const ScalarType type = query.scalar_type();
+  const dmc::DType dtype = kernel_dtype(query, "query");
+  require(dtype != dmc::DType::kFloat, "query must be bfloat16 or float16; got float32");
+  require(p.shape.tokens <= dmc::kMaxNewTokens, "query has ", p.shape.tokens, " new tokens; a step takes ", dmc::kMaxNewTokens);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  p.query_stride = call.rows(query, "query", query_sizes(p.shape), type);
+  p.key_stride = call.rows(key, "key", key_sizes(p.shape), type);
+  p.value_stride = call.rows(value, "value", key_sizes(p.shape), type);
+  p.query = query.const_data_ptr();
+  p.key = key.const_data_ptr();
+  p.value = value.const_data_ptr();
+
+  const int64_t b = p.shape.batch, g = p.shape.kv_heads, d = p.shape.channels;
+  require(cos.has_value() == sin.has_value(), "cos and sin must be given together");
+  if (cos) {
+    require(cos->dim() == 2 && 2 * cos->size(1) <= d, "cos must be [positions, pairs] with at most ", d / 2,
+            " pairs; got ", text(cos->sizes()));
+    const Sizes sizes{cos->size(0), cos->size(1)};
+    p.rotary.cos = call.floats(*cos, "cos", sizes);
+    p.rotary.sin = call.floats(*sin, "sin", sizes);
+    p.rotary.stride.token = cos->size(1);
+    p.rotary.pairs = int(cos->size(1));
+  }
+  p.rotary.interleaved = interleaved;
+  p.window = int(window);
+  p.offset = float(offset);
+  p.scale = float(scale);
+
+  require(table.dim() == 3, "table must be [slots, KV heads, pages]; got ", text(table.sizes()));
+  const int64_t s = table.size(0), held = table.size(2);
+  const auto ints = [&](const Tensor& x, const char* name, const Sizes& sizes) {
+    return static_cast<const int*>(call.contiguous(x, name, sizes, ScalarType::Int));
+  };
+  const auto longs = [&](const Tensor& x, const char* name, const Sizes& sizes) {
+    return static_cast<const int64_t*>(call.contiguous(x, name, sizes, ScalarType::Long));
+  };
+  p.pages = call.contiguous_out(pages, "pages", {pages.size(0), 2, dmc::kPageEntries, d}, type);
+  p.table = ints(table, "table", {s, g, held});
+  p.max_pages = int(held);
+  p.lengths = ints(lengths, "lengths", {s, g});
+  p.tokens = longs(tokens, "tokens", {s});
+  p.slots = longs(slots, "slots", {b});
+  p.ok = static_cast<const bool*>(call.contiguous(ok, "ok", {}, ScalarType::Bool));
+  p.new_lengths = static_cast<int*>(call.contiguous_out(new_lengths, "new_lengths", {b, g}, ScalarType::Int));
+  require(window >= 0, "window must be 0 (no limit) or a number of tokens; got ", window);
+  if (window) {
+    require(recent && recent_weights, "a window needs recent and recent_weights");
+    p.recent_tokens = int(window) - 1 + dmc::kMaxNewTokens;
+    p.recent = call.contiguous_out(*recent, "recent", {s, g, p.recent_tokens, 2, d}, type);
+    p.recent_weights = static_cast<float*>(
+        call.contiguous_out(*recent_weights, "recent_weights", {s, g, p.recent_tokens}, ScalarType::Float));
+  } else {
+    require(mean && total && steps, "window 0 needs mean, total and steps");
+    p.mean = static_cast<float*>(call.contiguous_out(*mean, "mean", {2, s, g, 2, d}, ScalarType::Float));
+    p.total = static_cast<float*>(call.contiguous_out(*total, "total", {2, s, g}, ScalarType::Float));
+    p.steps = longs(*steps, "steps", {s});
+    p.state_stride = s * g;
+  }
+
+  const int64_t tiles = (int64_t(p.shape.tokens) * p.shape.group + 15) / 16;
+  require(first_head.dim() == 1 && first_head.size(0) > 0, "first_head must be [workers]; got ", text(first_head.sizes()));
+  p.workers = int(first_head.size(0));
+  p.first_head = ints(first_head, "first_head", {p.workers});
+  p.first_unit = ints(first_unit, "first_unit", {b * g + 1});
+  require(arrived.dim() == 1 && arrived.size(0) >= b * g * tiles, "arrived must hold ", b * g * tiles, " numbers; got ",
+          text(arrived.sizes()));
+  p.arrived = static_cast<int*>(call.contiguous_out(arrived, "arrived", {arrived.size(0)}, ScalarType::Int));
+  Tensor partial = torch::stable::new_empty(query, {p.workers, 2, tiles, 16, d + 2}, ScalarType::Float);
+  Tensor output = torch::stable::new_empty(query, query_sizes(p.shape));
+  Tensor alpha = torch::stable::new_empty(query, scalar_sizes(p.shape), ScalarType::Float);
+  p.partial = static_cast<float*>(partial.mutable_data_ptr());
+  p.output = output.mutable_data_ptr();
+  p.alpha = static_cast<float*>(alpha.mutable_data_ptr());
+  launched(dmc::paged_attention(p, dtype, call.stream()));
+  return {output, alpha};
+}
+
 int64_t max_window(ScalarType dtype, int64_t channels) {
   switch (dtype) {
     case ScalarType::BFloat16: return dmc::max_window(dmc::DType::kBFloat16, int(channels));
@@ -325,6 +413,12 @@ STABLE_TORCH_LIBRARY(megatron_dmc, m) {
       "prepare_backward_(Tensor(a!) grad_query, Tensor grad_merged_key, Tensor grad_merged_value, Tensor grad_bias, "
       "Tensor? grad_alpha, Tensor key, Tensor value, Tensor alpha, Tensor weight, int window, float? temperature) "
       "-> (Tensor grad_key, Tensor grad_value)");
+  m.def(
+      "paged_attention_(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor(a!) pages, Tensor table, "
+      "Tensor lengths, Tensor tokens, Tensor(b!)? recent, Tensor(c!)? recent_weights, Tensor(d!)? mean, "
+      "Tensor(e!)? total, Tensor? steps, Tensor slots, Tensor ok, Tensor(f!) new_lengths, Tensor first_unit, "
+      "Tensor first_head, Tensor(g!) arrived, int window, float offset, bool interleaved, float scale) "
+      "-> (Tensor output, Tensor alpha)");
   m.def("max_window(ScalarType dtype, int channels) -> int");
 }
 
@@ -333,6 +427,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CUDA, m) {
   m.impl("merge_diagonal_", TORCH_BOX(&merge_diagonal));
   m.impl("merge_diagonal_backward_", TORCH_BOX(&merge_diagonal_backward));
   m.impl("prepare_backward_", TORCH_BOX(&prepare_backward));
+  m.impl("paged_attention_", TORCH_BOX(&paged_attention));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) { m.impl("max_window", TORCH_BOX(&max_window)); }

@@ -97,6 +97,47 @@ struct PrepareBackward {
   void *grad_key, *grad_value;  // [s, b, g, d]
 };
 
+// A page of the cache holds so many entries of one head: their keys, then their values.
+constexpr int kPageEntries = 16;
+
+// New tokens of a sequence in one step.
+constexpr int kMaxNewTokens = 8;
+
+// One layer of the paged cache (megatron_dmc/cache.py says what its tensors are), and new tokens that enter it. S slots.
+struct PagedAttention {
+  Shape shape;  // of the new tokens
+  const void *query, *key, *value;  // unrotated, any strides
+  Strides query_stride, key_stride, value_stride;
+  Rotary rotary;  // by position
+  int window;
+  float offset, scale;
+
+  void* pages;                // [pages, 2, kPageEntries, d]
+  const int* table;           // [S, g, max_pages]
+  int max_pages;
+  const int* lengths;         // [S, g]
+  const int64_t* tokens;      // [S]
+  const int64_t* slots;       // [b], -1: nobody
+  const bool* ok;             // whether there are pages for the step; without them nothing happens
+  int* new_lengths;           // [b, g]
+  int recent_tokens;
+  void* recent;               // [S, g, recent_tokens, 2, d], with a window
+  float* recent_weights;      // [S, g, recent_tokens]
+  float* mean;                // [2, S, g, 2, d], without one
+  float* total;               // [2, S, g]
+  int64_t state_stride;       // S * g
+  const int64_t* steps;       // [S]
+
+  int workers;            // thread blocks for every 16 queries of a KV head
+  const int* first_unit;  // [b * g + 1] units of work of the heads before
+  const int* first_head;  // [workers] the head that a worker's first unit belongs to
+  float* partial;         // [workers, 2, tiles of 16 queries, 16, d + 2]
+  int* arrived;           // [b * g, tiles of 16 queries], 0 before and after
+
+  void* output;  // [n, b, h, d]
+  float* alpha;  // [n, b, g]
+};
+
 // The longest window whose tiles fit into the shared memory that a thread block may use on the current device.
 int max_window(DType dtype, int channels);
 
@@ -105,5 +146,6 @@ cudaError_t prepare(const Prepare&, DType, cudaStream_t);
 cudaError_t merge_diagonal(const MergeDiagonal&, DType, cudaStream_t);
 cudaError_t merge_diagonal_backward(const MergeDiagonalBackward&, DType, cudaStream_t);
 cudaError_t prepare_backward(const PrepareBackward&, DType, cudaStream_t);
+cudaError_t paged_attention(const PagedAttention&, DType, cudaStream_t);
 
 }  // namespace dmc

@@ -32,7 +32,7 @@ class CacheShape:
     """What a cache is for.
 
     Attributes:
-        layers, kv_heads, channels: of the model, on this rank.
+        layers, heads, kv_heads, channels: of the model, on this rank.
         slots: sequences that can be in it at once.
         max_tokens: the longest sequence.
         window: how many tokens a merge reaches back; 0 sets no limit.
@@ -40,22 +40,20 @@ class CacheShape:
 
     layers: int
     slots: int
+    heads: int
     kv_heads: int
     channels: int
     max_tokens: int
     window: int
 
     def __post_init__(self) -> None:
-        for name in ("layers", "slots", "kv_heads", "channels", "max_tokens"):
+        for name in ("layers", "slots", "heads", "kv_heads", "channels", "max_tokens"):
             if getattr(self, name) < 1:
                 raise DMCError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.heads % self.kv_heads:
+            raise DMCError(f"heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}")
         if self.window < 0:
             raise DMCError(f"window must be 0 (no limit) or a number of tokens; got {self.window}")
-
-    @property
-    def heads(self) -> int:
-        """Heads with pages of their own: layers × slots × KV heads."""
-        return self.layers * self.slots * self.kv_heads
 
     @property
     def max_pages(self) -> int:
@@ -76,7 +74,7 @@ class CacheShape:
             state = self.recent_tokens * (2 * self.channels * dtype.itemsize + 4)
         else:
             state = 2 * (2 * self.channels + 1) * 4
-        return (self.heads + self.layers * self.kv_heads) * (4 * self.max_pages + 4 + state)
+        return self.layers * (self.slots + 1) * self.kv_heads * (4 * self.max_pages + 4 + state)
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,21 @@ class Step:
         new_tokens: of every sequence.
         ok: `[]` bool on the device: whether there are pages for the step. Without them, layers must write nothing.
         lengths: `[layers, b, kv_heads]` int32: the layers write here how many entries there are after the step.
+
+        How a layer's work is dealt out (`csrc/paged_attention.cu`):
+
+        first_unit: `[layers, b * kv_heads + 1]` int32, units of work before each head.
+        first_head: `[layers, workers]` int32, the head that each worker begins with.
+        arrived: int32, how many workers have finished a head that they share; 0 between layers.
     """
 
     slots: Tensor
     new_tokens: int
     ok: Tensor
     lengths: Tensor
+    first_unit: Tensor
+    first_head: Tensor
+    arrived: Tensor
 
 
 class PagedCache:
@@ -151,8 +158,8 @@ class PagedCache:
 
         Without one, the open segment so far, twice, after an even and an odd number of committed steps:
 
-        mean: `[2, layers, slots + 1, kv_heads, 2, channels]` float32, unrotated merged key and merged value.
-        total: `[2, layers, slots + 1, kv_heads]` float32, their weight.
+        mean: `[layers, 2, slots + 1, kv_heads, 2, channels]` float32, unrotated merged key and merged value.
+        total: `[layers, 2, slots + 1, kv_heads]` float32, their weight.
         steps: `[slots + 1]` int64, committed steps.
 
     Raises:
@@ -167,6 +174,8 @@ class PagedCache:
                 f"layers and {shape.kv_heads} KV heads; give the cache more memory"
             )
         self.shape, self.dtype = shape, dtype
+        on_gpu = torch.device(device).type == "cuda"
+        self._workers = 2 * torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 6
         layers, slots, heads, channels = shape.layers, shape.slots + 1, shape.kv_heads, shape.channels
         whole = dict(dtype=torch.int32, device=device)
         self.pages = torch.empty(pages, 2, PAGE_ENTRIES, channels, dtype=dtype, device=device)
@@ -181,8 +190,8 @@ class PagedCache:
             self.recent = torch.zeros(*recent, 2, channels, dtype=dtype, device=device)
             self.recent_weights = torch.zeros(recent, dtype=torch.float32, device=device)
         else:
-            self.mean = torch.zeros(2, layers, slots, heads, 2, channels, dtype=torch.float32, device=device)
-            self.total = torch.zeros(2, layers, slots, heads, dtype=torch.float32, device=device)
+            self.mean = torch.zeros(layers, 2, slots, heads, 2, channels, dtype=torch.float32, device=device)
+            self.total = torch.zeros(layers, 2, slots, heads, dtype=torch.float32, device=device)
             self.steps = torch.zeros(slots, dtype=torch.int64, device=device)
 
     @staticmethod
@@ -254,7 +263,19 @@ class PagedCache:
         self.table.view(-1)[flat[..., 0]] = torch.where(needs & ok, taken, have)
         self._free_count -= torch.where(ok, needed, 0)
         self.dry |= ~ok
-        return Step(slots, new_tokens, ok, lengths.clone())
+        return Step(slots, new_tokens, ok, lengths.clone(), *self._plan(slots, lengths, new_tokens))
+
+    def _plan(self, slots: Tensor, lengths: Tensor, new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Equal shares of each layer's pages for every worker, from lengths `[layers, b, kv_heads]`."""
+        pages = (lengths + PAGE_ENTRIES - 1).div(PAGE_ENTRIES, rounding_mode="floor")
+        units = torch.where((slots >= 0)[:, None], pages + 1, 1).flatten(1)  # a head's last unit is its new tokens
+        first_unit = torch.nn.functional.pad(units.cumsum(1), (1, 0))
+        share = (first_unit[:, -1:] + self._workers - 1).div(self._workers, rounding_mode="floor")
+        begins = share * torch.arange(self._workers, device=slots.device)
+        first_head = torch.searchsorted(first_unit, begins, right=True) - 1
+        tiles = -(-new_tokens * self.shape.heads // self.shape.kv_heads // 16)
+        arrived = torch.zeros(units.shape[1] * tiles, dtype=torch.int32, device=slots.device)
+        return first_unit.int(), first_head.int(), arrived
 
     @torch.no_grad()
     def commit(self, step: Step) -> None:

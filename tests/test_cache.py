@@ -6,7 +6,7 @@ import torch
 from megatron_dmc.cache import MAX_NEW_TOKENS, PAGE_ENTRIES, CacheShape, PagedCache
 from megatron_dmc.config import DMCError
 
-SHAPE = CacheShape(layers=2, slots=5, kv_heads=2, channels=4, max_tokens=150, window=12)
+SHAPE = CacheShape(layers=2, slots=5, heads=4, kv_heads=2, channels=4, max_tokens=150, window=12)
 
 
 def make(pages=60, shape=SHAPE):
@@ -96,7 +96,7 @@ def test_ten_thousand_random_operations(fresh_seed):
 def test_moving_takes_everything_along(fresh_seed):
     generator = torch.Generator().manual_seed(fresh_seed)
     for window in (12, 0):
-        cache = make(shape=CacheShape(2, 4, 2, 4, 100, window))
+        cache = make(shape=CacheShape(2, 4, 2, 2, 4, 100, window))
         step = cache.begin(slots_of(cache, 0, 1), 8)
         advance(cache, step, generator)
         cache.commit(step)
@@ -134,7 +134,7 @@ def test_statistics():
 
 
 def test_sizes():
-    shape = CacheShape(layers=2, slots=3, kv_heads=2, channels=64, max_tokens=4096, window=12)
+    shape = CacheShape(layers=2, slots=3, heads=2, kv_heads=2, channels=64, max_tokens=4096, window=12)
     pages = PagedCache.pages_in(shape, torch.bfloat16, gib=0.01)
     cache = PagedCache(shape, pages, dtype=torch.bfloat16, device="cpu")
     total = sum(x.nbytes for x in vars(cache).values() if isinstance(x, torch.Tensor))
@@ -152,9 +152,9 @@ def test_mistakes_name_the_argument():
     with pytest.raises(DMCError, match="3 pages are too few"):
         make(pages=3)
     with pytest.raises(DMCError, match="slots must be at least 1; got 0"):
-        CacheShape(1, 0, 1, 4, 10, 12)
+        CacheShape(1, 0, 1, 1, 4, 10, 12)
     with pytest.raises(DMCError, match="window must be 0"):
-        CacheShape(1, 1, 1, 4, 10, -1)
+        CacheShape(1, 1, 1, 1, 4, 10, -1)
     with pytest.raises(DMCError, match="new_tokens must be 1 to 8; got 9"):
         cache.begin(slots_of(cache, 0), 9)
     with pytest.raises(DMCError, match="int64"):

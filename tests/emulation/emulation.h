@@ -207,6 +207,8 @@ inline int __any_sync(uint32_t mask, int vote) {
   });
 }
 inline int __all_sync(uint32_t mask, int vote) { return !__any_sync(mask, !vote); }
+inline int atomicAdd(int* to, int x) { return (*to += x) - x; }
+inline void __threadfence() {}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 inline float __uint_as_float(uint32_t x) { return emulation::from_bits<float>(x); }
 inline uint32_t __float_as_uint(float x) { return uint32_t(emulation::bits(x)); }
