@@ -140,15 +140,18 @@ def test_mistakes_name_the_argument(kernels):
     def run(query=q, key=k, value=k, rotary=(angles, angles), step=step, **options):
         paged.paged_attention(query, key, value, rotary, cache, 0, step, **options)
 
+    def larger(*times):
+        return {name: x.repeat(times) for name, x in {"query": q, "key": k, "value": k}.items()}
+
     cases = {
-        "query must hold the step's 1 tokens of 1 sequences": dict(query=q.repeat(2, 1, 1, 1), key=k.repeat(2, 1, 1, 1), value=k.repeat(2, 1, 1, 1)),
+        "query must hold the step's 1 tokens of 1 sequences": larger(2, 1, 1, 1),
         "rotary cos must hold all 50 positions": dict(rotary=(angles[:9], angles[:9])),
         "kernel must be fused or reference": dict(kernel="fastest"),
     }  # fmt: skip
     if GPU or can_emulate:
         cases |= {
             "key must be bfloat16; got float16": dict(key=k.half()),
-            "pages must be .20, 2, 16, 128.; got": dict(query=q[..., :32].repeat(1, 1, 1, 4), key=k[..., :32].repeat(1, 1, 1, 4), value=k[..., :32].repeat(1, 1, 1, 4)),
+            "pages must be .20, 2, 16, 128.; got": larger(1, 1, 1, 2),
             "sin must be .50, 32.": dict(rotary=(angles, angles[:, :4])),
         }  # fmt: skip
     for message, arguments in cases.items():
