@@ -13,7 +13,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-KERNELS = ["prepare", "merge_diagonal", "prepare_backward", "paged_attention"]
+KERNELS = ["prepare", "merge_diagonal", "prepare_backward", "paged_attention", "paged_chunks"]
 
 
 def installed_torch() -> str | None:

@@ -298,90 +298,157 @@ std::tuple<Tensor, Tensor> prepare_backward(Tensor grad_query, const Tensor& gra
   return {grad_key, grad_value};
 }
 
-std::tuple<Tensor, Tensor> paged_attention(
-    const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> cos, std::optional<Tensor> sin,
-    Tensor pages, const Tensor& table, const Tensor& lengths, const Tensor& tokens, std::optional<Tensor> recent,
-    std::optional<Tensor> recent_weights, std::optional<Tensor> mean, std::optional<Tensor> total,
-    std::optional<Tensor> steps, const Tensor& slots, const Tensor& ok, Tensor new_lengths, const Tensor& first_unit,
-    const Tensor& first_head, Tensor arrived, int64_t window, double offset, bool interleaved, double scale) {
-  const Call call{query, "query"};
-  dmc::PagedAttention p{};
-  p.shape = shape_of(query, key);
-  const ScalarType type = query.scalar_type();
-  const dmc::DType dtype = kernel_dtype(query, "query");
-  require(dtype != dmc::DType::kFloat, "query must be bfloat16 or float16; got float32");
-  require(p.shape.tokens <= dmc::kMaxNewTokens, "query has ", p.shape.tokens, " new tokens; a step takes ", dmc::kMaxNewTokens);
+// Arguments of both kinds of step: new tokens, and the layer of the cache that they enter.
+struct CacheCall : Call {
+  dmc::DType dtype;
+  ScalarType type;
+
+  explicit CacheCall(const Tensor& query) : Call{query, "query"}, dtype(kernel_dtype(query, "query")), type(query.scalar_type()) {
+    require(dtype != dmc::DType::kFloat, "query must be bfloat16 or float16; got float32");
+  }
+
+  int* ints(const Tensor& x, const char* name, const Sizes& sizes) const {
+    return static_cast<int*>(contiguous_out(x, name, sizes, ScalarType::Int));
+  }
+  const int64_t* longs(const Tensor& x, const char* name, const Sizes& sizes) const {
+    return static_cast<const int64_t*>(contiguous(x, name, sizes, ScalarType::Long));
+  }
+
+  // Sequences: as many as `slots`.
+  dmc::NewTokens new_tokens(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& cos,
+                            const std::optional<Tensor>& sin, const Tensor& slots, const Tensor& ok,
+                            const Tensor& new_lengths, const Tensor& output, const Tensor& alpha, int64_t window,
+                            double offset, bool interleaved, double scale) const {
+    dmc::NewTokens in{};
+    in.shape = shape_of(query, key);
+    const int64_t b = slots.dim() == 1 ? slots.size(0) : 0, g = in.shape.kv_heads, d = in.shape.channels;
+    in.query_stride = rows(query, "query", query_sizes(in.shape), type);
+    in.key_stride = rows(key, "key", key_sizes(in.shape), type);
+    in.value_stride = rows(value, "value", key_sizes(in.shape), type);
+    in.output_stride = rows(output, "output", query_sizes(in.shape), type);
+    in.query = query.const_data_ptr();
+    in.key = key.const_data_ptr();
+    in.value = value.const_data_ptr();
+    in.output = output.mutable_data_ptr();
+    matches(alpha, "alpha", scalar_sizes(in.shape), ScalarType::Float);
+    in.alpha = static_cast<float*>(alpha.mutable_data_ptr());
+    in.alpha_stride = {alpha.stride(0), alpha.stride(1), alpha.stride(2)};
+    require(cos.has_value() == sin.has_value(), "cos and sin must be given together");
+    if (cos) {
+      require(cos->dim() == 2 && 2 * cos->size(1) <= d, "cos must be [positions, pairs] with at most ", d / 2,
+              " pairs; got ", text(cos->sizes()));
+      const Sizes sizes{cos->size(0), cos->size(1)};
+      in.rotary.cos = floats(*cos, "cos", sizes);
+      in.rotary.sin = floats(*sin, "sin", sizes);
+      in.rotary.stride.token = cos->size(1);
+      in.rotary.pairs = int(cos->size(1));
+    }
+    in.rotary.interleaved = interleaved;
+    require(window >= 0, "window must be 0 (no limit) or a number of tokens; got ", window);
+    in.window = int(window);
+    in.offset = float(offset);
+    in.scale = float(scale);
+    in.slots = longs(slots, "slots", {b});
+    in.ok = static_cast<bool*>(contiguous_out(ok, "ok", {}, ScalarType::Bool));
+    in.new_lengths = ints(new_lengths, "new_lengths", {b, g});
+    return in;
+  }
+
+  dmc::PagedLayer layer(const dmc::NewTokens& in, const Tensor& pages, const Tensor& table, const Tensor& lengths,
+                        const Tensor& tokens, const std::optional<Tensor>& recent,
+                        const std::optional<Tensor>& recent_weights, const std::optional<Tensor>& mean,
+                        const std::optional<Tensor>& total, const std::optional<Tensor>& steps) const {
+    dmc::PagedLayer cache{};
+    const int64_t g = in.shape.kv_heads, d = in.shape.channels;
+    require(table.dim() == 3, "table must be [slots, KV heads, pages]; got ", text(table.sizes()));
+    const int64_t s = table.size(0), held = table.size(2);
+    cache.pages = contiguous_out(pages, "pages", {pages.size(0), 2, dmc::kPageEntries, d}, type);
+    cache.table = ints(table, "table", {s, g, held});
+    cache.max_pages = int(held);
+    cache.lengths = ints(lengths, "lengths", {s, g});
+    cache.tokens = longs(tokens, "tokens", {s});
+    if (in.window) {
+      require(recent && recent_weights, "a window needs recent and recent_weights");
+      cache.recent_tokens = in.window - 1 + dmc::kMaxNewTokens;
+      cache.recent = contiguous_out(*recent, "recent", {s, g, cache.recent_tokens, 2, d}, type);
+      cache.recent_weights = static_cast<float*>(
+          contiguous_out(*recent_weights, "recent_weights", {s, g, cache.recent_tokens}, ScalarType::Float));
+    } else {
+      require(mean && total && steps, "window 0 needs mean, total and steps");
+      cache.mean = static_cast<float*>(contiguous_out(*mean, "mean", {2, s, g, 2, d}, ScalarType::Float));
+      cache.total = static_cast<float*>(contiguous_out(*total, "total", {2, s, g}, ScalarType::Float));
+      cache.steps = longs(*steps, "steps", {s});
+      cache.state_stride = s * g;
+    }
+    return cache;
+  }
+};
+
+void paged_attention(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> cos,
+                     std::optional<Tensor> sin, const Tensor& slots, Tensor ok, Tensor new_lengths, Tensor output,
+                     Tensor alpha, int64_t window, double offset, bool interleaved, double scale, Tensor pages,
+                     Tensor table, const Tensor& lengths, const Tensor& tokens, std::optional<Tensor> recent,
+                     std::optional<Tensor> recent_weights, std::optional<Tensor> mean, std::optional<Tensor> total,
+                     std::optional<Tensor> steps, const Tensor& first_unit, const Tensor& first_head, Tensor arrived) {
+  const CacheCall call(query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  p.query_stride = call.rows(query, "query", query_sizes(p.shape), type);
-  p.key_stride = call.rows(key, "key", key_sizes(p.shape), type);
-  p.value_stride = call.rows(value, "value", key_sizes(p.shape), type);
-  p.query = query.const_data_ptr();
-  p.key = key.const_data_ptr();
-  p.value = value.const_data_ptr();
+  dmc::PagedAttention p{};
+  p.in = call.new_tokens(query, key, value, cos, sin, slots, ok, new_lengths, output, alpha, window, offset, interleaved, scale);
+  p.cache = call.layer(p.in, pages, table, lengths, tokens, recent, recent_weights, mean, total, steps);
+  const auto& shape = p.in.shape;
+  require(shape.tokens <= dmc::kMaxNewTokens, "query has ", shape.tokens, " new tokens; a step takes ", dmc::kMaxNewTokens);
+  require(slots.size(0) == shape.batch, "slots must be [", shape.batch, "]; got ", text(slots.sizes()));
 
-  const int64_t b = p.shape.batch, g = p.shape.kv_heads, d = p.shape.channels;
-  require(cos.has_value() == sin.has_value(), "cos and sin must be given together");
-  if (cos) {
-    require(cos->dim() == 2 && 2 * cos->size(1) <= d, "cos must be [positions, pairs] with at most ", d / 2,
-            " pairs; got ", text(cos->sizes()));
-    const Sizes sizes{cos->size(0), cos->size(1)};
-    p.rotary.cos = call.floats(*cos, "cos", sizes);
-    p.rotary.sin = call.floats(*sin, "sin", sizes);
-    p.rotary.stride.token = cos->size(1);
-    p.rotary.pairs = int(cos->size(1));
-  }
-  p.rotary.interleaved = interleaved;
-  p.window = int(window);
-  p.offset = float(offset);
-  p.scale = float(scale);
-
-  require(table.dim() == 3, "table must be [slots, KV heads, pages]; got ", text(table.sizes()));
-  const int64_t s = table.size(0), held = table.size(2);
-  const auto ints = [&](const Tensor& x, const char* name, const Sizes& sizes) {
-    return static_cast<const int*>(call.contiguous(x, name, sizes, ScalarType::Int));
-  };
-  const auto longs = [&](const Tensor& x, const char* name, const Sizes& sizes) {
-    return static_cast<const int64_t*>(call.contiguous(x, name, sizes, ScalarType::Long));
-  };
-  p.pages = call.contiguous_out(pages, "pages", {pages.size(0), 2, dmc::kPageEntries, d}, type);
-  p.table = ints(table, "table", {s, g, held});
-  p.max_pages = int(held);
-  p.lengths = ints(lengths, "lengths", {s, g});
-  p.tokens = longs(tokens, "tokens", {s});
-  p.slots = longs(slots, "slots", {b});
-  p.ok = static_cast<const bool*>(call.contiguous(ok, "ok", {}, ScalarType::Bool));
-  p.new_lengths = static_cast<int*>(call.contiguous_out(new_lengths, "new_lengths", {b, g}, ScalarType::Int));
-  require(window >= 0, "window must be 0 (no limit) or a number of tokens; got ", window);
-  if (window) {
-    require(recent && recent_weights, "a window needs recent and recent_weights");
-    p.recent_tokens = int(window) - 1 + dmc::kMaxNewTokens;
-    p.recent = call.contiguous_out(*recent, "recent", {s, g, p.recent_tokens, 2, d}, type);
-    p.recent_weights = static_cast<float*>(
-        call.contiguous_out(*recent_weights, "recent_weights", {s, g, p.recent_tokens}, ScalarType::Float));
-  } else {
-    require(mean && total && steps, "window 0 needs mean, total and steps");
-    p.mean = static_cast<float*>(call.contiguous_out(*mean, "mean", {2, s, g, 2, d}, ScalarType::Float));
-    p.total = static_cast<float*>(call.contiguous_out(*total, "total", {2, s, g}, ScalarType::Float));
-    p.steps = longs(*steps, "steps", {s});
-    p.state_stride = s * g;
-  }
-
-  const int64_t tiles = (int64_t(p.shape.tokens) * p.shape.group + 15) / 16;
+  const int64_t heads = int64_t(shape.batch) * shape.kv_heads, tiles = (int64_t(shape.tokens) * shape.group + 15) / 16;
   require(first_head.dim() == 1 && first_head.size(0) > 0, "first_head must be [workers]; got ", text(first_head.sizes()));
   p.workers = int(first_head.size(0));
-  p.first_head = ints(first_head, "first_head", {p.workers});
-  p.first_unit = ints(first_unit, "first_unit", {b * g + 1});
-  require(arrived.dim() == 1 && arrived.size(0) >= b * g * tiles, "arrived must hold ", b * g * tiles, " numbers; got ",
+  p.first_head = call.ints(first_head, "first_head", {p.workers});
+  p.first_unit = call.ints(first_unit, "first_unit", {heads + 1});
+  require(arrived.dim() == 1 && arrived.size(0) >= heads * tiles, "arrived must hold ", heads * tiles, " numbers; got ",
           text(arrived.sizes()));
-  p.arrived = static_cast<int*>(call.contiguous_out(arrived, "arrived", {arrived.size(0)}, ScalarType::Int));
-  Tensor partial = torch::stable::new_empty(query, {p.workers, 2, tiles, 16, d + 2}, ScalarType::Float);
-  Tensor output = torch::stable::new_empty(query, query_sizes(p.shape));
-  Tensor alpha = torch::stable::new_empty(query, scalar_sizes(p.shape), ScalarType::Float);
+  p.arrived = call.ints(arrived, "arrived", {arrived.size(0)});
+  Tensor partial = torch::stable::new_empty(query, {p.workers, 2, tiles, 16, shape.channels + 2}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
-  p.output = output.mutable_data_ptr();
-  p.alpha = static_cast<float*>(alpha.mutable_data_ptr());
-  launched(dmc::paged_attention(p, dtype, call.stream()));
-  return {output, alpha};
+  launched(dmc::paged_attention(p, call.dtype, call.stream()));
+}
+
+void paged_chunks(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> cos,
+                  std::optional<Tensor> sin, const Tensor& slots, Tensor ok, Tensor new_lengths, Tensor output,
+                  Tensor alpha, int64_t window, double offset, bool interleaved, double scale, Tensor pages, Tensor table,
+                  const Tensor& lengths, const Tensor& tokens, std::optional<Tensor> recent,
+                  std::optional<Tensor> recent_weights, std::optional<Tensor> mean, std::optional<Tensor> total,
+                  std::optional<Tensor> steps, const Tensor& first_token, int64_t longest, Tensor free, Tensor free_count,
+                  std::optional<Tensor> last, std::optional<Tensor> last_weights) {
+  const CacheCall call(query);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  dmc::PagedChunks p{};
+  p.in = call.new_tokens(query, key, value, cos, sin, slots, ok, new_lengths, output, alpha, window, offset, interleaved, scale);
+  p.cache = call.layer(p.in, pages, table, lengths, tokens, recent, recent_weights, mean, total, steps);
+  auto& shape = p.in.shape;
+  require(shape.batch == 1, "query must hold the chunks one after the other, [tokens, 1, heads, channels]; got ",
+          text(query.sizes()));
+  const int64_t c = slots.size(0), n = shape.tokens, g = shape.kv_heads, d = shape.channels;
+  shape.batch = int(c);
+  for (Strides* stride : {&p.in.query_stride, &p.in.key_stride, &p.in.value_stride, &p.in.output_stride, &p.in.alpha_stride})
+    stride->batch = 0;
+  require(longest > 0 && longest <= n, "longest must be 1 to ", n, "; got ", longest);
+  p.longest = int(longest);
+  p.first_token = call.ints(first_token, "first_token", {c + 1});
+  require(free.dim() == 1, "free must be [pages + 1]; got ", text(free.sizes()));
+  p.free = call.ints(free, "free", {pages.size(0) + 1});
+  p.free_count = static_cast<int64_t*>(call.contiguous_out(free_count, "free_count", {}, ScalarType::Long));
+  if (window > 1) {
+    require(last && last_weights, "a window needs last and last_weights");
+    p.last = call.contiguous_out(*last, "last", {c, g, window - 1, 2, d}, call.type);
+    p.last_weights = static_cast<float*>(call.contiguous_out(*last_weights, "last_weights", {c, g, window - 1}, ScalarType::Float));
+  }
+  Tensor entry = torch::stable::new_empty(query, {n, g}, ScalarType::Int);
+  Tensor weight = torch::stable::new_empty(query, {n, g}, ScalarType::Float);
+  Tensor own = torch::stable::new_empty(query, {n, g, 2, d});
+  p.entry = static_cast<int*>(entry.mutable_data_ptr());
+  p.weight = static_cast<float*>(weight.mutable_data_ptr());
+  p.own = own.mutable_data_ptr();
+  launched(dmc::paged_chunks(p, call.dtype, call.stream()));
 }
 
 int64_t max_window(ScalarType dtype, int64_t channels) {
@@ -413,12 +480,17 @@ STABLE_TORCH_LIBRARY(megatron_dmc, m) {
       "prepare_backward_(Tensor(a!) grad_query, Tensor grad_merged_key, Tensor grad_merged_value, Tensor grad_bias, "
       "Tensor? grad_alpha, Tensor key, Tensor value, Tensor alpha, Tensor weight, int window, float? temperature) "
       "-> (Tensor grad_key, Tensor grad_value)");
-  m.def(
-      "paged_attention_(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor(a!) pages, Tensor table, "
-      "Tensor lengths, Tensor tokens, Tensor(b!)? recent, Tensor(c!)? recent_weights, Tensor(d!)? mean, "
-      "Tensor(e!)? total, Tensor? steps, Tensor slots, Tensor ok, Tensor(f!) new_lengths, Tensor first_unit, "
-      "Tensor first_head, Tensor(g!) arrived, int window, float offset, bool interleaved, float scale) "
-      "-> (Tensor output, Tensor alpha)");
+#define NEW_TOKENS                                                                                           \
+  "Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor slots, Tensor(a!) ok, "          \
+  "Tensor(b!) new_lengths, Tensor(c!) output, Tensor(d!) alpha, int window, float offset, bool interleaved, " \
+  "float scale, "
+#define CACHE_LAYER                                                                                          \
+  "Tensor(e!) pages, Tensor(f!) table, Tensor lengths, Tensor tokens, Tensor(g!)? recent, "                  \
+  "Tensor(h!)? recent_weights, Tensor(i!)? mean, Tensor(j!)? total, Tensor? steps, "
+  m.def("paged_attention_(" NEW_TOKENS CACHE_LAYER "Tensor first_unit, Tensor first_head, Tensor(k!) arrived) -> ()");
+  m.def("paged_chunks_(" NEW_TOKENS CACHE_LAYER
+        "Tensor first_token, int longest, Tensor free, Tensor(k!) free_count, Tensor(l!)? last, "
+        "Tensor(m!)? last_weights) -> ()");
   m.def("max_window(ScalarType dtype, int channels) -> int");
 }
 
@@ -428,6 +500,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CUDA, m) {
   m.impl("merge_diagonal_backward_", TORCH_BOX(&merge_diagonal_backward));
   m.impl("prepare_backward_", TORCH_BOX(&prepare_backward));
   m.impl("paged_attention_", TORCH_BOX(&paged_attention));
+  m.impl("paged_chunks_", TORCH_BOX(&paged_chunks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) { m.impl("max_window", TORCH_BOX(&max_window)); }

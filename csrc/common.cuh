@@ -119,7 +119,7 @@ struct PairPack {
 // channel by channel. A compile-time choice, for the registers that it saves.
 enum class Pairing { kHalves, kInterleaved, kAny };
 
-inline Pairing pairing_of(const Rotary& rotary) {
+__host__ __device__ inline Pairing pairing_of(const Rotary& rotary) {
   return rotary.pairs % 4 ? Pairing::kAny : rotary.interleaved ? Pairing::kInterleaved : Pairing::kHalves;
 }
 
@@ -157,14 +157,19 @@ struct LanePairs {
 
   template <class T>
   __device__ void write_pack(T* row, const PairPack<T>& pack) const {
+    write_pack([row](int channel) { return row + channel; }, pack);
+  }
+  // Where at(channel) says; four neighbouring channels lie side by side.
+  template <class T, class At>
+  __device__ void write_pack(At at, const PairPack<T>& pack) const {
     if constexpr (kPairing != Pairing::kAny) {
-      *reinterpret_cast<Pack<T, 4>*>(row + low) = pack.low;
-      *reinterpret_cast<Pack<T, 4>*>(row + high) = pack.high;
+      *reinterpret_cast<Pack<T, 4>*>(at(low)) = pack.low;
+      *reinterpret_cast<Pack<T, 4>*>(at(high)) = pack.high;
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        row[first(pair + i)] = from_float<T>(pack.low[i]);
-        row[second(pair + i)] = from_float<T>(pack.high[i]);
+        *at(first(pair + i)) = from_float<T>(pack.low[i]);
+        *at(second(pair + i)) = from_float<T>(pack.high[i]);
       }
     }
   }

@@ -100,42 +100,68 @@ struct PrepareBackward {
 // A page of the cache holds so many entries of one head: their keys, then their values.
 constexpr int kPageEntries = 16;
 
-// New tokens of a sequence in one step.
+// New tokens of a sequence in a decoding step.
 constexpr int kMaxNewTokens = 8;
 
-// One layer of the paged cache (megatron_dmc/cache.py says what its tensors are), and new tokens that enter it. S slots.
-struct PagedAttention {
-  Shape shape;  // of the new tokens
+// One layer of the paged cache (megatron_dmc/cache.py says what its tensors are), of S slots.
+struct PagedLayer {
+  void* pages;  // [pages, 2, kPageEntries, d]
+  int* table;   // [S, g, max_pages]
+  int max_pages;
+  const int* lengths;     // [S, g]
+  const int64_t* tokens;  // [S]
+
+  int recent_tokens;
+  void* recent;           // [S, g, recent_tokens, 2, d], with a window
+  float* recent_weights;  // [S, g, recent_tokens]
+  float* mean;            // [2, S, g, 2, d], without one
+  float* total;           // [2, S, g]
+  int64_t state_stride;   // S * g
+  const int64_t* steps;   // [S]
+};
+
+// New tokens that enter it, and how.
+struct NewTokens {
+  Shape shape;
   const void *query, *key, *value;  // unrotated, any strides
   Strides query_stride, key_stride, value_stride;
   Rotary rotary;  // by position
   int window;
   float offset, scale;
+  const int64_t* slots;  // [b], -1: nobody
+  bool* ok;              // whether there are pages for the step; without them nothing happens
+  int* new_lengths;      // [b, g]
+  void* output;          // [n, b, h, d], any strides
+  Strides output_stride;
+  float* alpha;  // [n, b, g]
+  Strides alpha_stride;
+};
 
-  void* pages;                // [pages, 2, kPageEntries, d]
-  const int* table;           // [S, g, max_pages]
-  int max_pages;
-  const int* lengths;         // [S, g]
-  const int64_t* tokens;      // [S]
-  const int64_t* slots;       // [b], -1: nobody
-  const bool* ok;             // whether there are pages for the step; without them nothing happens
-  int* new_lengths;           // [b, g]
-  int recent_tokens;
-  void* recent;               // [S, g, recent_tokens, 2, d], with a window
-  float* recent_weights;      // [S, g, recent_tokens]
-  float* mean;                // [2, S, g, 2, d], without one
-  float* total;               // [2, S, g]
-  int64_t state_stride;       // S * g
-  const int64_t* steps;       // [S]
-
+// A step of decoding: up to kMaxNewTokens tokens of each of b sequences.
+struct PagedAttention {
+  NewTokens in;
+  PagedLayer cache;
   int workers;            // thread blocks for every 16 queries of a KV head
   const int* first_unit;  // [b * g + 1] units of work of the heads before
   const int* first_head;  // [workers] the head that a worker's first unit belongs to
   float* partial;         // [workers, 2, tiles of 16 queries, 16, d + 2]
   int* arrived;           // [b * g, tiles of 16 queries], 0 before and after
+};
 
-  void* output;  // [n, b, h, d]
-  float* alpha;  // [n, b, g]
+// Chunks of prompts: any number of tokens of each of c sequences, one after the other; in `in`, tokens are all of them,
+// the strides of sequences are 0, and b is c.
+struct PagedChunks {
+  NewTokens in;
+  PagedLayer cache;
+  const int* first_token;  // [c + 1] where each chunk begins
+  int longest;             // tokens of the longest chunk
+  const int* free;         // the stack of free pages,
+  int64_t* free_count;     // and how many it holds
+  int* entry;              // [tokens, g] the entry of its head that a token is part of
+  float* weight;           // [tokens, g]
+  void* own;               // [tokens, g, 2, d] a token's entry as it stood then, if the next token changed it
+  void* last;              // [c, g, window - 1, 2, d] each chunk's last tokens, for the ring
+  float* last_weights;     // [c, g, window - 1]
 };
 
 // The longest window whose tiles fit into the shared memory that a thread block may use on the current device.
@@ -147,5 +173,8 @@ cudaError_t merge_diagonal(const MergeDiagonal&, DType, cudaStream_t);
 cudaError_t merge_diagonal_backward(const MergeDiagonalBackward&, DType, cudaStream_t);
 cudaError_t prepare_backward(const PrepareBackward&, DType, cudaStream_t);
 cudaError_t paged_attention(const PagedAttention&, DType, cudaStream_t);
+
+// Three kernels, one after the other; the last error of their launches.
+cudaError_t paged_chunks(const PagedChunks&, DType, cudaStream_t);
 
 }  // namespace dmc

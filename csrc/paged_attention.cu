@@ -5,7 +5,7 @@
 // head's last unit also merges its new tokens and writes them into the cache. Where a head's units fall to several
 // workers, the last one to finish combines what they found. Nothing that a launch reads is written in it: merging reads
 // tokens that the ring still holds, attention reads entries that are closed, and lengths are committed after the step.
-#include "tensor_core.cuh"
+#include "paged.cuh"
 
 namespace dmc {
 namespace {
@@ -46,59 +46,16 @@ __device__ float2 rotate_pair(const Rotary& rotary, int pair, int2 channels, int
   return make_float2(first, second);
 }
 
-// Softmax-weighted sums of one warp, for the rows that a lane's accumulators belong to.
-template <int D>
-struct Sums {
-  float value[D / 16][2][4] = {};
-  float highest[2] = {-INFINITY, -INFINITY}, weight[2] = {};
-
-  // Scores [16 rows][16 keys], as an accumulator, -inf where a key is not seen; the keys' values.
-  template <class T>
-  __device__ void add(float (&scores)[2][4], const Rows<T, D>& values, int first_row) {
-    float shrink[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float top = fmaxf(fmaxf(scores[0][2 * i], scores[0][2 * i + 1]), fmaxf(scores[1][2 * i], scores[1][2 * i + 1]));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      top = fmaxf(top, highest[i]);
-      const float base = top == -INFINITY ? 0.f : top;  // nothing seen yet
-      shrink[i] = expf(highest[i] - base);
-      highest[i] = top;
-      float sum = 0.f;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int e = 2 * i; e < 2 * i + 2; ++e) sum += scores[half][e] = expf(scores[half][e] - base);
-      }
-      weight[i] = weight[i] * shrink[i] + sum;  // of this lane's columns
-    }
-    uint32_t probabilities[1][4];
-#pragma unroll
-    for (int reg = 0; reg < 4; ++reg)
-      probabilities[0][reg] = pack_two<T>(scores[reg / 2][reg % 2 * 2], scores[reg / 2][reg % 2 * 2 + 1]);
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        value[c][0][e] *= shrink[e / 2];
-        value[c][1][e] *= shrink[e / 2];
-      }
-      uint32_t tile[1][4];
-      values.right(tile, first_row, c * 16);
-      multiply_add_tiles<T>(value[c], probabilities, tile);
-    }
-  }
-};
-
 template <class T, int D>
 __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attention_kernel(const __grid_constant__ PagedAttention p) {
   using Memory = PagedMemory<T, D>;
-  const auto [new_tokens, sequences, heads, kv_heads, channels, group] = p.shape;
+  const NewTokens& in = p.in;
+  const PagedLayer& cache = p.cache;
+  const auto [new_tokens, sequences, heads, kv_heads, channels, group] = in.shape;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int worker = blockIdx.x, tile = blockIdx.y, total_heads = sequences * kv_heads;
   const int all_rows = new_tokens * group, tiles = (all_rows + kRows - 1) / kRows, first_row = tile * kRows;
-  if (!*p.ok) return;
+  if (!*in.ok) return;
 
   extern __shared__ __align__(16) char memory[];
   const Rows<T, D> queries{reinterpret_cast<T*>(memory)};
@@ -117,32 +74,36 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
     unit = head_start + to;
     const bool has_new = to > pages, whole = from == 0 && has_new;
     const int batch = head / kv_heads, kv_head = head % kv_heads;
-    const int64_t slot = p.slots[batch];
+    const int64_t slot = in.slots[batch];
     const int64_t kv_row = slot < 0 ? 0 : slot * kv_heads + kv_head;
     const auto query_at = [&](int row) {  // of token row / group
-      return static_cast<const T*>(p.query) + row / group * p.query_stride.token + batch * p.query_stride.batch +
-             int64_t(kv_head * group + row % group) * p.query_stride.head;
+      return static_cast<const T*>(in.query) + row / group * in.query_stride.token + batch * in.query_stride.batch +
+             int64_t(kv_head * group + row % group) * in.query_stride.head;
     };
     const auto output_at = [&](int row) {
-      return static_cast<T*>(p.output) + ((int64_t(row / group) * sequences + batch) * heads + kv_head * group + row % group) * D;
+      return static_cast<T*>(in.output) + row / group * in.output_stride.token + batch * in.output_stride.batch +
+             int64_t(kv_head * group + row % group) * in.output_stride.head;
+    };
+    const auto alpha_at = [&](int token) {
+      return in.alpha + token * in.alpha_stride.token + batch * in.alpha_stride.batch + kv_head * in.alpha_stride.head;
     };
     if (slot < 0) {  // nobody's place: it has this one unit
       for (int i = thread; i < kRows * D; i += kPagedThreads)
         if (first_row + i / D < all_rows) output_at(first_row + i / D)[i % D] = from_float<T>(0.f);
-      if (tile == 0 && thread < new_tokens) p.alpha[(int64_t(thread) * sequences + batch) * kv_heads + kv_head] = 0.f;
-      if (tile == 0 && thread == 0) p.new_lengths[head] = 0;
+      if (tile == 0 && thread < new_tokens) *alpha_at(thread) = 0.f;
+      if (tile == 0 && thread == 0) in.new_lengths[head] = 0;
       continue;
     }
-    const int64_t position = p.tokens[slot];
-    const int length = p.lengths[kv_row];
-    const T* const key = static_cast<const T*>(p.key) + batch * p.key_stride.batch + kv_head * p.key_stride.head;
-    const T* const value = static_cast<const T*>(p.value) + batch * p.value_stride.batch + kv_head * p.value_stride.head;
+    const int64_t position = cache.tokens[slot];
+    const int length = cache.lengths[kv_row];
+    const T* const key = static_cast<const T*>(in.key) + batch * in.key_stride.batch + kv_head * in.key_stride.head;
+    const T* const value = static_cast<const T*>(in.value) + batch * in.value_stride.batch + kv_head * in.value_stride.head;
     const auto merges = [&](int i) {  // new token i
-      return position + i > 0 && to_float(key[i * p.key_stride.token + D - 1]) > p.offset;
+      return position + i > 0 && to_float(key[i * in.key_stride.token + D - 1]) > in.offset;
     };
     const int closed = length - merges(0);
-    const int* const table = p.table + kv_row * p.max_pages;
-    T* const pool = static_cast<T*>(p.pages);
+    const int* const table = cache.table + kv_row * cache.max_pages;
+    T* const pool = static_cast<T*>(cache.pages);
     const auto page_at = [&](int index) { return pool + int64_t(table[index]) * Memory::kPageRows * D; };
 
     __syncthreads();  // what the head before left in shared memory is done with
@@ -165,70 +126,61 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
 #pragma unroll
     for (int i = 0; i < Memory::kStages - 1; ++i) copy_page(i);
 
-    for (int i = thread; i < kRows * D / 2; i += kPagedThreads) {
-      const int row = i / (D / 2), pair = i % (D / 2);
-      const int2 at = channels_of<D>(p.rotary, pair);
-      float2 x = make_float2(0.f, 0.f);
-      if (first_row + row < all_rows) {
-        const T* const query = query_at(first_row + row);
-        x = rotate_pair<D>(p.rotary, pair, at, position + (first_row + row) / group, to_float(query[at.x]), to_float(query[at.y]));
-      }
-      *queries.at(row, at.x) = from_float<T>(x.x);
-      *queries.at(row, at.y) = from_float<T>(x.y);
-    }
+    rotate_rows<T, D>(
+        in.rotary, queries, kRows, kPagedThreads,
+        [&](int row) { return first_row + row < all_rows ? query_at(first_row + row) : nullptr; },
+        [&](int row) { return int(position) + (first_row + row) / group; });
     const auto weight_of = [&](int i) {  // new token i's importance
-      float last = 0.f;
-      for (int j = 0; j < group; ++j) last += to_float(query_at(i * group + j)[D - 1]);
-      return 1.f / (1.f + expf(-(last / group + p.offset))) + 0x1p-7f;
+      return importance(query_at(i * group), in.query_stride.head, group, D - 1, in.offset);
     };
 
     uint32_t survivors = 0;  // new tokens whose entry the next one does not merge into
     if (has_new) {
-      T* const recent = static_cast<T*>(p.recent) + kv_row * p.recent_tokens * 2 * D;
-      float* const recent_weights = p.recent_weights + kv_row * p.recent_tokens;
-      const int buffer = p.window ? 0 : p.steps[slot] % 2;
+      T* const recent = static_cast<T*>(cache.recent) + kv_row * cache.recent_tokens * 2 * D;
+      float* const recent_weights = cache.recent_weights + kv_row * cache.recent_tokens;
+      const int buffer = in.window ? 0 : cache.steps[slot] % 2;
       for (int i = 0; i < new_tokens; ++i)
         if (i + 1 == new_tokens || !merges(i + 1)) survivors |= 1u << i;
       for (int c = thread; c < 2 * D; c += kPagedThreads) {
         const T* const source = c < D ? key + c : value + c - D;
-        const int64_t stride = c < D ? p.key_stride.token : p.value_stride.token;
+        const int64_t stride = c < D ? in.key_stride.token : in.value_stride.token;
         float* const result = merged + c / D * kMaxNewTokens * D + c % D;
         float mean = 0.f, total = 0.f;
-        if (!p.window) {
-          const int64_t state = buffer * p.state_stride + kv_row;
-          mean = p.mean[state * 2 * D + c];
-          total = p.total[state];
+        if (!in.window) {
+          const int64_t state = buffer * cache.state_stride + kv_row;
+          mean = cache.mean[state * 2 * D + c];
+          total = cache.total[state];
         }
         for (int i = 0; i < new_tokens; ++i) {
-          if (!p.window) {
+          if (!in.window) {
             if (!merges(i)) mean = total = 0.f;
             const float weight = weight_of(i);
             mean = (mean * total + weight * to_float(source[i * stride])) / (total + weight);
             total += weight;
           } else {
             float sum = 0.f, weights = 0.f;
-            for (int back = 0; back < p.window; ++back) {  // token i - back, new or recent
+            for (int back = 0; back < in.window; ++back) {  // token i - back, new or recent
               const int64_t at = position + i - back;
-              const int64_t ring = at % p.recent_tokens;
+              const int64_t ring = at % cache.recent_tokens;
               const bool is_new = back <= i;
               const float weight = is_new ? weight_of(i - back) : recent_weights[ring];
               sum += weight * to_float(is_new ? source[(i - back) * stride] : recent[ring * 2 * D + c]);
               weights += weight;
-              const float decides = to_float(is_new ? key[(i - back) * p.key_stride.token + D - 1] : recent[ring * 2 * D + D - 1]);
-              if (at == 0 || !(decides > p.offset)) break;
+              const float decides = to_float(is_new ? key[(i - back) * in.key_stride.token + D - 1] : recent[ring * 2 * D + D - 1]);
+              if (at == 0 || !(decides > in.offset)) break;
             }
             mean = sum / weights;
           }
           result[i * D] = mean;
         }
-        if (!p.window && tile == 0) {
-          const int64_t state = (1 - buffer) * p.state_stride + kv_row;
-          p.mean[state * 2 * D + c] = mean;
-          if (c == 0) p.total[state] = total;
+        if (!in.window && tile == 0) {
+          const int64_t state = (1 - buffer) * cache.state_stride + kv_row;
+          cache.mean[state * 2 * D + c] = mean;
+          if (c == 0) cache.total[state] = total;
         }
-        if (p.window && tile == 0) {  // the ring has room for a step's tokens beside those that a window reaches
+        if (in.window && tile == 0) {  // the ring has room for a step's tokens beside those that a window reaches
           for (int i = 0; i < new_tokens; ++i) {
-            const int64_t ring = (position + i) % p.recent_tokens;
+            const int64_t ring = (position + i) % cache.recent_tokens;
             recent[ring * 2 * D + c] = source[i * stride];
             if (c == 0) recent_weights[ring] = weight_of(i);
           }
@@ -237,11 +189,11 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
       __syncthreads();
       for (int i = thread; i < kRows * D / 2; i += kPagedThreads) {
         const int row = i / (D / 2), pair = i % (D / 2);
-        const int2 at = channels_of<D>(p.rotary, pair);
+        const int2 at = channels_of<D>(in.rotary, pair);
         float2 k = make_float2(0.f, 0.f), v = k;
         if (row < new_tokens) {
           const float *from_key = merged + row * D, *from_value = merged + (kMaxNewTokens + row) * D;
-          k = rotate_pair<D>(p.rotary, pair, at, position + row, from_key[at.x], from_key[at.y]);
+          k = rotate_pair<D>(in.rotary, pair, at, position + row, from_key[at.x], from_key[at.y]);
           v = make_float2(from_value[at.x], from_value[at.y]);
         }
         *new_keys.at(row, at.x) = from_float<T>(k.x);
@@ -253,45 +205,50 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
     __syncthreads();
 
     Sums<D> sums;
-    const auto score = [&](const Rows<T, D>& keys, int first_key, auto sees) {
-      float scores[2][4] = {};
+    const float scale = in.scale * kLog2E;
+    const auto attend = [&](const Rows<T, D>& rows, int first_key, int first_value, auto sees) {
+      float scores[1][2][4] = {};
 #pragma unroll
       for (int c = 0; c < D; c += 16) {
         uint32_t left[1][4], right[1][4];
         queries.left(left, 0, c);
-        keys.right_transposed(right, first_key, c);
-        multiply_add_tiles<T>(scores, left, right);
+        rows.right_transposed(right, first_key, c);
+        multiply_add_tiles<T>(scores[0], left, right);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int reg = i / 2;
-        float& x = scores[reg / 2][reg % 2 * 2 + i % 2];
-        x = sees(tile_row(reg), tile_column(reg) + i % 2) ? x * p.scale : -INFINITY;
+        float& x = scores[0][reg / 2][reg % 2 * 2 + i % 2];
+        x = sees(tile_row(reg), tile_column(reg) + i % 2) ? x * scale : -INFINITY;
       }
-      return [=](Sums<D>& to, const Rows<T, D>& values, int first_value) mutable {
-        to.template add<T>(scores, values, first_value);
-      };
+      uint32_t weights[1][1][4];
+      sums.template weigh<T>(scores, weights);
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        uint32_t right[1][4];
+        rows.right(right, first_value, c * 16);
+        multiply_add_tiles<T>(sums.value[c], weights[0], right);
+      }
     };
     for (int page = from + warp, stage = 0; page < pages_end; page += kWarps, stage = (stage + 1) % Memory::kStages) {
       wait_for_own_copies<Memory::kStages - 2>();
       copy_page((stage + Memory::kStages - 1) % Memory::kStages);
       const int first_key = stage * Memory::kPageRows;
-      auto add = score(stages, first_key, [&](int, int column) { return page * kPageEntries + column < closed; });
-      add(sums, stages, first_key + kPageEntries);
+      attend(stages, first_key, first_key + kPageEntries,
+             [&](int, int column) { return page * kPageEntries + column < closed; });
     }
-    if (has_new && warp == 0) {
-      auto add = score(new_keys, 0, [&](int row, int column) {
+    if (has_new && warp == 0) {  // values of the new tokens lie behind their keys
+      attend(new_keys, 0, kRows, [&](int row, int column) {
         const int token = (first_row + row) / group;
         return column == token || (column < token && (survivors >> column & 1));
       });
-      add(sums, new_values, 0);
     }
     if (has_new && tile == 0) {  // into the cache
       int entry = length - 1;
       for (int i = 0; i < new_tokens; ++i) {
         const bool merging = merges(i);
         entry += !merging;
-        if (thread == 0) p.alpha[(int64_t(i) * sequences + batch) * kv_heads + kv_head] = merging;
+        if (thread == 0) *alpha_at(i) = merging;
         if (!(survivors >> i & 1)) continue;
         T* const row = page_at(entry / kPageEntries) + entry % kPageEntries * D;
         for (int c = thread; c < D; c += kPagedThreads) {
@@ -299,7 +256,7 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
           row[kPageEntries * D + c] = *new_values.at(i, c);
         }
       }
-      if (thread == 0) p.new_lengths[head] = entry + 1;
+      if (thread == 0) in.new_lengths[head] = entry + 1;
     }
 
     // Four warps' sums become one.
@@ -308,9 +265,8 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
     for (int i = 0; i < 2; ++i) {
       const int row = tile_row(i);
       float* const to_row = combined + (warp * kRows + row) * (D + 2);
-      const float weight = sums.weight[i] + __shfl_xor_sync(~0u, sums.weight[i], 1);
-      const float all = weight + __shfl_xor_sync(~0u, weight, 2);
-      if (lane % 4 == 0) to_row[D] = sums.highest[i], to_row[D + 1] = all;
+      const float weight = sums.total(i);
+      if (lane % 4 == 0) to_row[D] = sums.highest[i], to_row[D + 1] = weight;
 #pragma unroll
       for (int c = 0; c < D / 16; ++c) {
 #pragma unroll
@@ -331,7 +287,7 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
         for (int n = 0; n < count; ++n) top = fmaxf(top, sum_at(n)[row * (D + 2) + D]);
         for (int n = 0; n < count; ++n) {
           const float* const sum = sum_at(n) + row * (D + 2);
-          const float factor = expf(sum[D] - top);
+          const float factor = exp2f(sum[D] - top);
           mean += factor * sum[c];
           weight += factor * sum[D + 1];
         }
@@ -355,7 +311,7 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
       const float base = top == -INFINITY ? 0.f : top;
       for (int n = 0; n < kWarps; ++n) {
         const float* const from_row = combined + (n * kRows + row) * (D + 2);
-        sum += expf(from_row[D] - base) * from_row[c];
+        sum += exp2f(from_row[D] - base) * from_row[c];
       }
       mine[i] = c == D ? top : sum;
     }
@@ -378,7 +334,7 @@ cudaError_t launch(const PagedAttention& p, cudaStream_t stream) {
   constexpr int bytes = PagedMemory<T, D>::kBytes;
   if (auto error = cudaFuncSetAttribute(paged_attention_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
-  const dim3 grid(p.workers, (p.shape.tokens * p.shape.group + kRows - 1) / kRows);
+  const dim3 grid(p.workers, (p.in.shape.tokens * p.in.shape.group + kRows - 1) / kRows);
   paged_attention_kernel<T, D><<<grid, kPagedThreads, bytes, stream>>>(p);
   return cudaGetLastError();
 }
@@ -386,7 +342,7 @@ cudaError_t launch(const PagedAttention& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t paged_attention(const PagedAttention& p, DType dtype, cudaStream_t stream) {
-  return dispatch(dtype, p.shape.channels, [&]<class T, int D>() {
+  return dispatch(dtype, p.in.shape.channels, [&]<class T, int D>() {
     if constexpr (sizeof(T) == 2)
       return launch<T, D>(p, stream);
     else

@@ -1,18 +1,22 @@
 """The paged KV cache: one pool of small pages for all layers, heads and sequences, kept by the device alone.
 
 Every KV head of every layer and sequence has as many entries as its decisions left, so every one of them takes pages
-of its own, of `PAGE_ENTRIES` entries of one head. A *slot* is a place for one sequence. A step goes
+of its own, of `PAGE_ENTRIES` entries of one head. A *slot* is a place for one sequence. A step brings a few new tokens
+to each of many sequences (decoding), chunks of any length to others (their prompts), or both, and goes
 
-    step = cache.begin(slots, new_tokens)   # a page for every head that may need one, or `dry`: then nothing changes
-    ...                                     # each layer writes entries, and lengths into `step.lengths`
-    cache.commit(step)                      # lengths and tokens become valid, unless the pool was dry
+    step = cache.begin(slots, new_tokens, chunk_slots=…, chunk_lengths=…)
+    ...                 # each layer takes pages, writes entries, and lengths into `step.lengths`
+    cache.commit(step)  # lengths and tokens become valid, unless the pool ran dry
 
-Nothing here waits for the device: no length, page or flag comes to the host, and a step can be captured in a CUDA
-graph. What has not been committed has not happened: a step that found the pool dry can be repeated once pages are free.
+Nothing here waits for the device: no length, page or flag comes to the host, and a step of decoding can be captured in
+a CUDA graph. What has not been committed has not happened: a step that found the pool dry can be repeated once pages
+are free. Pages for decoding are taken when a step begins, one at most for every head; a chunk's are taken layer by
+layer, once its decisions are known.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +28,7 @@ PAGE_ENTRIES = 16
 """Entries of a page."""
 
 MAX_NEW_TOKENS = 8
-"""New tokens that one step may bring to a sequence."""
+"""New tokens that a step of decoding may bring to a sequence."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,23 @@ class CacheStatistics:
 
 @dataclass
 class Step:
-    """New tokens on their way into the cache.
+    """New tokens on their way into the cache: first those of decoding, sequence by sequence, then chunk by chunk.
 
     Attributes:
-        slots: `[b]` int64, -1 for places of a batch that hold no sequence.
-        new_tokens: of every sequence.
+        slots: `[b]` int64, sequences that decode; -1 for places of a batch that hold no sequence.
+        new_tokens: of each of them.
+        chunk_slots: `[c]` int64, sequences that chunks belong to.
+        chunk_lengths: tokens of each chunk.
+        first_token: `[c + 1]` int32 on the device, where each chunk begins, behind the tokens of decoding.
         ok: `[]` bool on the device: whether there are pages for the step. Without them, layers must write nothing.
-        lengths: `[layers, b, kv_heads]` int32: the layers write here how many entries there are after the step.
+        lengths: `[layers, b + c, kv_heads]` int32: the layers write here how many entries there are after the step.
 
-        How a layer's work is dealt out (`csrc/paged_attention.cu`):
+        With a window, what layers leave for the rings until the step is committed, each chunk's last tokens:
+
+        last: `[layers, c, kv_heads, window - 1, 2, channels]`, unrotated keys and values.
+        last_weights: `[layers, c, kv_heads, window - 1]` float32.
+
+        How a layer's decoding is dealt out (`csrc/paged_attention.cu`):
 
         first_unit: `[layers, b * kv_heads + 1]` int32, units of work before each head.
         first_head: `[layers, workers]` int32, the head that each worker begins with.
@@ -127,11 +139,25 @@ class Step:
 
     slots: Tensor
     new_tokens: int
+    chunk_slots: Tensor
+    chunk_lengths: tuple[int, ...]
+    first_token: Tensor
     ok: Tensor
     lengths: Tensor
+    last: Tensor | None
+    last_weights: Tensor | None
     first_unit: Tensor
     first_head: Tensor
     arrived: Tensor
+
+    @property
+    def decoding_tokens(self) -> int:
+        return len(self.slots) * self.new_tokens
+
+    @property
+    def tokens(self) -> int:
+        """All new tokens."""
+        return self.decoding_tokens + sum(self.chunk_lengths)
 
 
 class PagedCache:
@@ -231,30 +257,66 @@ class PagedCache:
         return pages
 
     @torch.no_grad()
-    def begin(self, slots: Tensor, new_tokens: int) -> Step:
-        """Take the pages that a step may need, one at most for every head.
+    def begin(
+        self,
+        slots: Tensor | None = None,
+        new_tokens: int = 1,
+        *,
+        chunk_slots: Tensor | None = None,
+        chunk_lengths: Sequence[int] = (),
+    ) -> Step:
+        """Begin a step, and take the pages that its decoding may need, one at most for every head.
 
         Args:
-            slots: `[b]` int64 on the cache's device, which sequences the batch holds; -1 for empty places. (A slot
-                twice, or a sequence that becomes too long, makes the whole step not `ok`.)
+            slots: `[b]` int64 on the cache's device, the sequences that decode; -1 for empty places.
             new_tokens: how many tokens each of them brings, at most `MAX_NEW_TOKENS`.
+            chunk_slots: `[c]` int64 on the cache's device, sequences whose next tokens come as a chunk.
+            chunk_lengths: how many tokens each chunk has.
+
+        A slot twice, a chunk for no slot, or a sequence that becomes too long makes the whole step not `ok`.
 
         Raises:
             DMCError: for arguments that do not fit.
         """
-        self._check_slots(slots)
+        nobody = torch.zeros(0, dtype=torch.int64, device=self.lengths.device)
+        slots, chunk_slots = (nobody if x is None else x for x in (slots, chunk_slots))
+        every_slot = torch.cat([slots, chunk_slots])
+        for x in (slots, chunk_slots, every_slot):
+            self._check_slots(x, may_be_empty=x is not every_slot)
         if not 1 <= new_tokens <= MAX_NEW_TOKENS:
             raise DMCError(f"new_tokens must be 1 to {MAX_NEW_TOKENS}; got {new_tokens}")
+        if len(chunk_lengths) != len(chunk_slots) or any(n < 1 for n in chunk_lengths):
+            raise DMCError(f"chunk_lengths must be {len(chunk_slots)} lengths of 1 or more; got {list(chunk_lengths)}")
+        lengths = self.lengths[:, self._rows(every_slot)]
+        more = self._on_device([new_tokens] * len(slots) + list(chunk_lengths)) if chunk_lengths else new_tokens
+        fits = (self.tokens[self._rows(every_slot)] + more <= self.shape.max_tokens) | (every_slot < 0)
+        ok = fits.all() & (chunk_slots >= 0).all() & ~_repeated(every_slot).any()
+        decoding = lengths[:, : len(slots)]
+        if len(slots):
+            ok = self._take(slots, decoding, new_tokens, ok)
+        self.dry |= ~ok
+        shape, c = self.shape, len(chunk_slots)
+        last = last_weights = None
+        if c and shape.window > 1:
+            last = self.pages.new_empty(shape.layers, c, shape.kv_heads, shape.window - 1, 2, shape.channels)
+            last_weights = last.new_empty(last.shape[:4], dtype=torch.float32)
+        first_token = [sum(chunk_lengths[:i]) for i in range(c + 1)]
+        first_token = self._on_device(first_token).int() if c else nobody.int()
+        return Step(
+            slots, new_tokens, chunk_slots, tuple(chunk_lengths), first_token, ok, lengths.clone(), last, last_weights,
+            *self._plan(slots, decoding, new_tokens),
+        )  # fmt: skip
+
+    def _take(self, slots: Tensor, lengths: Tensor, new_tokens: int, ok: Tensor) -> Tensor:
+        """A page for every head of `slots` whose next entries may need one; returns whether there were enough."""
         rows = self._rows(slots)
-        lengths = self.lengths[:, rows]
         last = (lengths.long() + new_tokens - 1).div(PAGE_ENTRIES, rounding_mode="floor")
         place = last.clamp(max=self.shape.max_pages - 1)[..., None]
         have = self.table[:, rows].gather(-1, place)[..., 0]
         needs = (have < 0) & (slots >= 0)[:, None]
         rank = needs.flatten().cumsum(0).view_as(needs)
         needed = rank[-1, -1, -1]
-        fits = ((self.tokens[rows] + new_tokens <= self.shape.max_tokens) | (slots < 0)).all()
-        ok = (needed <= self._free_count) & fits & ~_repeated(slots).any()
+        ok = ok & (needed <= self._free_count)
         taken = self._free[(self._free_count - rank).clamp(min=0)]
         flat = torch.arange(self.shape.layers, device=slots.device)[:, None] * self.table.shape[1] + rows
         flat = (flat[..., None] * self.shape.kv_heads + torch.arange(self.shape.kv_heads, device=slots.device))[
@@ -262,8 +324,7 @@ class PagedCache:
         ] * self.shape.max_pages + place
         self.table.view(-1)[flat[..., 0]] = torch.where(needs & ok, taken, have)
         self._free_count -= torch.where(ok, needed, 0)
-        self.dry |= ~ok
-        return Step(slots, new_tokens, ok, lengths.clone(), *self._plan(slots, lengths, new_tokens))
+        return ok
 
     def _plan(self, slots: Tensor, lengths: Tensor, new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Equal shares of each layer's pages for every worker, from lengths `[layers, b, kv_heads]`."""
@@ -280,26 +341,76 @@ class PagedCache:
     @torch.no_grad()
     def commit(self, step: Step) -> None:
         """Make a step's entries valid; without effect if there were no pages for it."""
-        rows, active = self._rows(step.slots), (step.slots >= 0) & step.ok
+        slots = torch.cat([step.slots, step.chunk_slots])
+        rows, active = self._rows(slots), (slots >= 0) & step.ok
         self.lengths[:, rows] = torch.where(active[:, None], step.lengths, self.lengths[:, rows])
-        self.tokens[rows] += torch.where(active, step.new_tokens, 0)
+        if step.chunk_lengths:
+            self._keep_last_tokens(step)
+            more = self._on_device([step.new_tokens] * len(step.slots) + list(step.chunk_lengths))
+        else:
+            more = step.new_tokens
+        self.tokens[rows] += torch.where(active, more, 0)
         if not self.shape.window:
             self.steps[rows] += active.long()
+        if step.chunk_lengths:
+            self.dry |= ~step.ok
+            rows = self._rows(step.chunk_slots)
+            needed = (self.lengths[:, rows] + PAGE_ENTRIES - 1).div(PAGE_ENTRIES, rounding_mode="floor")
+            beyond = torch.arange(self.shape.max_pages, device=rows.device) >= needed[..., None]
+            self._give_back(rows, beyond & (step.chunk_slots >= 0)[:, None, None])
+
+    def _keep_last_tokens(self, step: Step) -> None:
+        """Chunks' last tokens go into the rings."""
+        if step.last is None:
+            return
+        lengths, n = self._on_device(step.chunk_lengths)[:, None], self.shape.window - 1
+        place = lengths - n + torch.arange(n, device=lengths.device)  # in the chunk
+        ring = (self.tokens[self._rows(step.chunk_slots)][:, None] + place) % self.shape.recent_tokens
+        rows = self._rows(step.chunk_slots[:, None].where((place >= 0) & step.ok, -1))
+        self.recent[:, rows, :, ring] = step.last.permute(1, 3, 0, 2, 4, 5)
+        self.recent_weights[:, rows, :, ring] = step.last_weights.permute(1, 3, 0, 2)
 
     @torch.no_grad()
     def release(self, slots: Tensor) -> None:
         """Give back all that the sequences in `slots` `[b]` hold; -1, repetitions and empty slots are passed over."""
         self._check_slots(slots)
         slots = slots.masked_fill(_repeated(slots), -1)
-        rows, active = self._rows(slots), slots >= 0
+        rows = self._rows(slots)
+        self._give_back(rows, (slots >= 0)[:, None, None])
+        self.lengths[:, rows] = 0
+        self.tokens[rows] = 0
+
+    def _give_back(self, rows: Tensor, which: Tensor) -> None:
+        """Pages of the slots `rows` `[b]`, those that `which` `[layers, b, kv_heads, max_pages]` (or less) names."""
         table = self.table[:, rows]
-        gives = (table >= 0) & active[:, None, None]
+        gives = (table >= 0) & which
         rank = gives.flatten().cumsum(0).view_as(gives)
         self._free[torch.where(gives, self._free_count + rank - 1, len(self.pages))] = table
         self._free_count += rank[-1, -1, -1, -1]
-        self.table[:, rows] = -1
-        self.lengths[:, rows] = 0
-        self.tokens[rows] = 0
+        self.table[:, rows] = table.masked_fill(gives, -1)
+
+    def _take_for_chunk(self, layer: int, slot: int, lengths: Sequence[int]) -> bool:
+        """Pages for the heads of a slot to become `lengths` long, if there are enough; the kernels do it themselves."""
+        table = self.table[layer, slot]
+        needs = [max(0, -(-n // PAGE_ENTRIES) - int((row >= 0).sum())) for n, row in zip(lengths, table, strict=True)]
+        if sum(needs) > self._free_count:
+            return False
+        for row, n in zip(table, needs, strict=True):
+            held = int((row >= 0).sum())
+            self._free_count -= n
+            row[held : held + n] = self._free[self._free_count : self._free_count + n]
+        return True
+
+    def positions(self, step: Step) -> Tensor:
+        """`[tokens]` int64: where in its sequence each of a step's tokens stands, before the step is committed."""
+        decoding = self.tokens[self._rows(step.slots)][:, None] + torch.arange(step.new_tokens, device=step.ok.device)
+        if not step.chunk_lengths:
+            return decoding.flatten()
+        begins = self.tokens[self._rows(step.chunk_slots)] - step.first_token[:-1]
+        lengths = self._on_device(step.chunk_lengths)
+        total = sum(step.chunk_lengths)
+        chunks = begins.repeat_interleave(lengths, output_size=total) + torch.arange(total, device=step.ok.device)
+        return torch.cat([decoding.flatten(), chunks])
 
     @torch.no_grad()
     def move(self, source: Tensor, target: Tensor) -> None:
@@ -349,10 +460,17 @@ class PagedCache:
             fixed_bytes=self.shape.fixed_bytes(self.dtype),
         )
 
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        """int64, without waiting for what the device has been given to do."""
+        x = torch.tensor(numbers, dtype=torch.int64)
+        return x.pin_memory().to(self.lengths.device, non_blocking=True) if self.lengths.is_cuda else x
+
     def _rows(self, slots: Tensor) -> Tensor:
         return torch.where(slots >= 0, slots, self.shape.slots)
 
-    def _check_slots(self, slots: Tensor) -> None:
+    def _check_slots(self, slots: Tensor, may_be_empty: bool = False) -> None:
+        if may_be_empty and not slots.numel():
+            return
         if slots.dim() != 1 or not len(slots) or slots.dtype != torch.int64 or slots.device != self.lengths.device:
             raise DMCError(
                 f"slots must be [b] int64 on {self.lengths.device}; got {tuple(slots.shape)} {slots.dtype} on "

@@ -25,6 +25,15 @@ def fresh_seed():
 
 
 @pytest.fixture(scope="session")
+def emulated_kernels(tmp_path_factory):
+    """csrc/ compiled for the CPU, once a process: a second copy of an operator is an error."""
+    from emulation import build
+
+    build(tmp_path_factory.mktemp("emulation"))
+    return torch.ops.megatron_dmc_emulated
+
+
+@pytest.fixture(scope="session")
 def megatron():
     """One process of Megatron: on the GPU, or emulated on the CPU."""
     from megatron_dmc.checkpoint import _start_one_process

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from emulation import build, cuda_headers
+from emulation import cuda_headers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_fused import compare_results, inputs, rotary_tables, run
@@ -22,10 +22,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def emulated(tmp_path_factory):
+def emulated(emulated_kernels):
     """The module under test calls the emulated operators, in this process alone."""
-    build(tmp_path_factory.mktemp("emulation"))
-    kernels, fused._kernels = fused._kernels, torch.ops.megatron_dmc_emulated
+    kernels, fused._kernels = fused._kernels, emulated_kernels
     yield
     fused._kernels = kernels
 

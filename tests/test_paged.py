@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from emulation import build, cuda_headers
+from emulation import cuda_headers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ can_emulate = cuda_headers() is not None and shutil.which("g++") is not None
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def kernels(request):
     """The compiled kernels on a GPU, else the emulated ones."""
     if GPU:
         from megatron_dmc.ops.fused import load_extension
@@ -26,14 +26,19 @@ def kernels(tmp_path_factory):
         assert load_extension() is None
         yield
         return
-    build(tmp_path_factory.mktemp("emulation"))
-    real, paged._kernels = paged._kernels, torch.ops.megatron_dmc_emulated
+    emulated = request.getfixturevalue("emulated_kernels") if can_emulate else None
+    real, paged._kernels = paged._kernels, emulated
     yield
     paged._kernels = real
 
 
+def begin(cache, slots, new_tokens, chunks):
+    slots, chunk_slots = (torch.tensor(list(x), dtype=torch.int64, device=DEVICE) for x in (slots, chunks))
+    return cache.begin(slots, new_tokens, chunk_slots=chunk_slots, chunk_lengths=list(chunks.values()))
+
+
 def compare(kernel, shape, dtype, plan, *, pairs, interleaved, merging, seed, pages=None):
-    """Run `plan`, a list of `(slots, new tokens)`, and check every output and, at the end, every entry.
+    """Run `plan`, a list of `(slots, new tokens, {slot: length of its chunk})`, and check every output and every entry.
 
     The contiguous caches see float64 copies of the same inputs.
     """
@@ -48,36 +53,41 @@ def compare(kernel, shape, dtype, plan, *, pairs, interleaved, merging, seed, pa
     exact = {}
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
     d, g, layer = shape.channels, shape.kv_heads, shape.layers - 1
-    for slots, n in plan:
-        b = len(slots)
-        query = torch.randn(n, b, shape.heads, d, device=DEVICE).to(dtype)
-        key, value = (torch.randn(n, b, g, d, device=DEVICE).to(dtype) for _ in range(2))
+    for slots, n, chunks in plan:
+        total = len(slots) * n + sum(chunks.values())
+        query = torch.randn(total, shape.heads, d, device=DEVICE).to(dtype)
+        key, value = (torch.randn(total, g, d, device=DEVICE).to(dtype) for _ in range(2))
         key[..., -1] += 5 + 3 * (merging - 0.5)
         query[..., -1] -= 5
-        step = cache.begin(torch.tensor(slots, device=DEVICE), n)
-        assert step.ok
+        step = begin(cache, slots, n, chunks)
+        assert step.ok and step.tokens == total
         for other in range(shape.layers):
             if other != layer:
-                step.lengths[other] = cache.lengths[other][step.slots.clamp(min=0)] + n
+                step.lengths[other] = cache.lengths[other][torch.cat([step.slots, step.chunk_slots]).clamp(min=0)]
+        positions = cache.positions(step)
         output, alpha = paged.paged_attention(
             query, key, value, rotary, cache, layer, step, interleaved=interleaved, kernel=kernel
         )
-        assert not step.arrived.any()
+        assert step.ok and not step.arrived.any()
         cache.commit(step)
-        for i, slot in enumerate(slots):
+        first = 0
+        for slot, n_own in [*((slot, n) for slot in slots), *chunks.items()]:
+            new = slice(first, first + n_own)
+            first += n_own
             if slot < 0:
-                assert not output[:, i].any() and not alpha[:, i].any()
+                assert not output[new].any() and not alpha[new].any()
                 continue
             own = exact.setdefault(slot, DMCCache.empty(1, g, d, dtype=torch.float64, device=DEVICE))
-            positions = slice(own.tokens, own.tokens + n)
+            span = slice(own.tokens, own.tokens + n_own)
+            assert positions[new].tolist() == list(range(span.start, span.stop))
             want, decisions = dmc_attention_cached(
-                *(x[:, i : i + 1].double() for x in (query, key, value)),
-                None if rotary is None else tuple(t[positions] for t in rotary),
+                *(x[new, None].double() for x in (query, key, value)),
+                None if rotary is None else tuple(t[span] for t in rotary),
                 own, window=shape.window, interleaved=interleaved,
             )  # fmt: skip
-            assert (alpha[:, i] == decisions[:, 0]).all()
+            assert (alpha[new] == decisions[:, 0]).all()
             assert (cache.lengths[layer, slot] == own.lengths[0]).all()
-            error = (output[:, i].double() - want[:, 0]).norm() / want.norm()
+            error = (output[new].double() - want[:, 0]).norm() / want.norm()
             assert error < 3 * rounding, f"output is off by {error:.1e}"
     for slot, own in exact.items():
         entries = paged._gathered(cache, layer, slot, own.tokens, 5.0).entries
@@ -85,6 +95,8 @@ def compare(kernel, shape, dtype, plan, *, pairs, interleaved, merging, seed, pa
         used = torch.arange(n, device=DEVICE) < own.lengths[0][:, None]
         difference = (entries[:, :, :, :n].double() - own.entries[:, :, :, :n])[:, 0][:, used]
         assert difference.norm() <= 2 * rounding * own.entries.norm()
+    held = (cache.table >= 0).sum()
+    assert held + cache._free_count == len(cache.pages)
 
 
 KERNELS = [
@@ -93,9 +105,23 @@ KERNELS = [
 ]
 
 
+@st.composite
+def plans(draw):
+    """Steps: sequences that decode, empty places among them, and chunks of others."""
+    steps = []
+    for _ in range(draw(st.integers(1, 8))):
+        slots = draw(st.permutations([0, 1, 2]))
+        decoding, chunks = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+        batch = [*slots[:decoding], *[-1] * draw(st.integers(0, 1))]
+        lengths = {slot: draw(st.sampled_from([1, 2, 7, 16, 21, 40])) for slot in slots[decoding : decoding + chunks]}
+        if batch or lengths:
+            steps.append((draw(st.permutations(batch)), draw(st.integers(1, 8)), lengths))
+    return steps
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(
-    max_examples=40 if GPU else 12,
+    max_examples=60 if GPU else 15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -107,34 +133,68 @@ KERNELS = [
     turning=st.sampled_from(["all", "half", "odd", "none"]),
     interleaved=st.booleans(),
     merging=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
-    steps=st.lists(
-        st.tuples(st.lists(st.sampled_from([0, 1, 2, -1]), min_size=1, max_size=3), st.integers(1, 8)),
-        min_size=1, max_size=9,
-    ),
+    plan=plans(),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_paged_equals_contiguous(
-    kernels, kernel, heads, channels, dtype, window, turning, interleaved, merging, steps, seed
+    kernels, kernel, heads, channels, dtype, window, turning, interleaved, merging, plan, seed
 ):
-    shape = CacheShape(2, 3, *heads, channels, 120, window)
+    shape = CacheShape(2, 3, *heads, channels, 330, window)
     pairs = {"all": channels // 2, "half": channels // 4, "odd": 5, "none": 0}[turning]
-    plan = [(list(dict.fromkeys(s for s in slots if s >= 0)) + [s for s in slots if s < 0], n) for slots, n in steps]
     compare(kernel, shape, dtype, plan, pairs=pairs, interleaved=interleaved, merging=merging, seed=seed)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_many_pages(kernels, kernel, fresh_seed):
-    """Heads of several pages, dealt out to several workers each."""
-    shape = CacheShape(1, 2, 4, 2, 64, 200, 12)
-    plan = [([0], 8)] * 12 + [([0, 1], 5)] * 3 + [([1, -1, 0], 1)] * 4
+    """Heads of several pages, dealt out to several workers each; chunks of several tiles of queries."""
+    shape = CacheShape(1, 2, 4, 2, 64, 400, 12)
+    plan = [([0], 8, {})] * 12 + [([0, 1], 5, {})] * 3 + [([], 1, {0: 90, 1: 150})] + [([1, -1, 0], 1, {})] * 4
     compare(kernel, shape, torch.bfloat16, plan, pairs=32, interleaved=False, merging=0.3, seed=fresh_seed)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [12, 0])
+def test_a_pool_that_runs_dry_in_a_chunk(kernels, kernel, window, fresh_seed):
+    """The step is without effect, and can be repeated once there are pages."""
+    shape = CacheShape(2, 3, 2, 2, 64, 200, window)
+    cache = PagedCache(shape, 20, dtype=torch.bfloat16, device=DEVICE)
+    tokens = torch.randn(3, 140, 2, 64, device=DEVICE).bfloat16()
+    tokens[..., -1] = -9.0  # all append
+
+    def go(decode, chunks):
+        step = begin(cache, decode, 3, chunks)
+        outputs = [
+            paged.paged_attention(*tokens[:, : step.tokens], None, cache, layer, step, kernel=kernel)[0]
+            for layer in range(2)
+        ]
+        cache.commit(step)
+        return torch.stack(outputs), bool(step.ok)
+
+    assert go([], {0: 40})[1]
+    before = {name: getattr(cache, name).clone() for name in ("lengths", "tokens", "table", "_free_count")}
+    output, ok = go([0], {1: 60})  # 3 pages a head are there: not even the first layer's 4 a head
+    assert not ok and cache.dry
+    for name, x in before.items():
+        if name == "table":  # a page for the token that decodes may stay
+            assert ((x == cache.table) | (x < 0)).all() and (cache.table[:, 1] == -1).all()
+        elif name != "_free_count":
+            assert x.equal(getattr(cache, name)), name
+    assert cache._free_count + (cache.table >= 0).sum() == 20
+    output, ok = go([0], {1: 17})
+    assert ok
+    cache.release(torch.tensor([1], device=DEVICE))
+    cache.clear_dry()
+    output, ok = go([], {1: 17})
+    other = PagedCache(shape, 20, dtype=torch.bfloat16, device=DEVICE)
+    cache, want = other, output
+    assert go([], {1: 17})[0].equal(want)
 
 
 def test_mistakes_name_the_argument(kernels):
     shape = CacheShape(1, 2, 4, 2, 64, 50, 12)
     cache = PagedCache(shape, 20, dtype=torch.bfloat16, device=DEVICE)
     step = cache.begin(torch.tensor([0], device=DEVICE), 1)
-    q, k = (torch.zeros(1, 1, n, 64, dtype=torch.bfloat16, device=DEVICE) for n in (4, 2))
+    q, k = (torch.zeros(1, n, 64, dtype=torch.bfloat16, device=DEVICE) for n in (4, 2))
     angles = torch.zeros(50, 32, device=DEVICE)
 
     def run(query=q, key=k, value=k, rotary=(angles, angles), step=step, **options):
@@ -144,14 +204,14 @@ def test_mistakes_name_the_argument(kernels):
         return {name: x.repeat(times) for name, x in {"query": q, "key": k, "value": k}.items()}
 
     cases = {
-        "query must hold the step's 1 tokens of 1 sequences": larger(2, 1, 1, 1),
+        "query must be .tokens, heads, channels. of the step's 1 tokens": larger(2, 1, 1),
         "rotary cos must hold all 50 positions": dict(rotary=(angles[:9], angles[:9])),
         "kernel must be fused or reference": dict(kernel="fastest"),
     }  # fmt: skip
     if GPU or can_emulate:
         cases |= {
             "key must be bfloat16; got float16": dict(key=k.half()),
-            "pages must be .20, 2, 16, 128.; got": larger(1, 1, 1, 2),
+            "pages must be .20, 2, 16, 128.; got": larger(1, 1, 2),
             "sin must be .50, 32.": dict(rotary=(angles, angles[:, :4])),
         }  # fmt: skip
     for message, arguments in cases.items():

@@ -1,7 +1,9 @@
 """Attention of new tokens against the paged cache, one layer of one step.
 
-`csrc/paged_attention.cu` does it in one launch: decisions, merging, rotation, the write into pages, attention. The
-reference here does the same through `reference.dmc_attention_cached`, sequence by sequence; it is the specification.
+Two kinds of tokens come in a step (`megatron_dmc.cache.Step`). Those of decoding, few to a sequence, take one launch:
+decisions, merging, rotation, the write into pages, attention (`csrc/paged_attention.cu`). Chunks of prompts take three,
+with attention over entries instead of tokens (`csrc/paged_chunks.cu`). The reference here does both through
+`reference.dmc_attention_cached`, sequence by sequence; it is the specification.
 """
 
 from __future__ import annotations
@@ -34,80 +36,116 @@ def paged_attention(
     scale: float | None = None,
     kernel: str = "fused",
 ) -> tuple[Tensor, Tensor]:
-    """New tokens of every sequence attend to the cache and to themselves, and enter it when the step is committed.
+    """A step's tokens attend to the cache and to themselves, and enter it when the step is committed.
 
     Args:
-        query, key, value: `[n, b, h|g, d]`, unrotated, the `n` new tokens of the step's sequences.
+        query, key, value: `[tokens, h|g, d]`, unrotated, in the step's order.
         rotary: `(cos, sin)` by position, `[positions, pairs]`, or `None`.
         cache, layer, step: where the sequences are; `step` is what `cache.begin` returned.
         kernel: "fused", or "reference" (which waits for the device).
         Others as for `reference.dmc_attention_cached`.
 
     Returns:
-        `output` `[n, b, h, d]`, zeros for empty places, and the decisions `alpha` `[n, b, g]`. Undefined if the step
-        is not `ok`: nothing is computed then.
+        `output` `[tokens, h, d]`, zeros for empty places, and the decisions `alpha` `[tokens, g]`. Undefined if the
+        step is not `ok`: nothing is computed then.
 
     Raises:
         ValueError: for arguments that do not fit; the message names the argument.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    reference._check(query, key, value, None, cache.shape.window, None, None)
-    if query.shape[:2] != (step.new_tokens, len(step.slots)):
-        raise ValueError(
-            f"query must hold the step's {step.new_tokens} tokens of {len(step.slots)} sequences; got "
-            f"{tuple(query.shape)}"
-        )
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 3 or len(x) != step.tokens:
+            raise ValueError(
+                f"{name} must be [tokens, heads, channels] of the step's {step.tokens} tokens; got {tuple(x.shape)}"
+            )
+    reference._check(query[:, None], key[:, None], value[:, None], None, cache.shape.window, None, None)
     if rotary is not None and rotary[0].shape[0] < cache.shape.max_tokens:
         raise ValueError(
             f"rotary cos must hold all {cache.shape.max_tokens} positions of the cache; got {tuple(rotary[0].shape)}"
         )
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    alpha = torch.empty(key.shape[:2], dtype=torch.float32, device=key.device)
     if kernel == "reference":
-        return _reference(query, key, value, rotary, cache, layer, step, offset, interleaved, scale)
+        output.zero_()
+        alpha.zero_()
+        _reference(query, key, value, rotary, cache, layer, step, output, alpha, offset, interleaved, scale)
+        return output, alpha
     if kernel != "fused":
         raise ValueError(f"kernel must be fused or reference; got {kernel!r}")
+
+    b, n, c = len(step.slots), step.decoding_tokens, len(step.chunk_slots)
     cos, sin = (None, None) if rotary is None else (t.float().contiguous() for t in rotary)
+    query, key, value = (_readable(x) for x in (query, key, value))
+    settings = cache.shape.window, offset, interleaved, scale
     state = (getattr(cache, name, None) for name in ("recent", "recent_weights", "mean", "total"))
     recent, recent_weights, mean, total = (None if x is None else x[layer] for x in state)
-    return _kernels.paged_attention_(
-        _readable(query), _readable(key), _readable(value), cos, sin, cache.pages, cache.table[layer],
-        cache.lengths[layer], cache.tokens, recent, recent_weights, mean, total, getattr(cache, "steps", None),
-        step.slots, step.ok, step.lengths[layer], step.first_unit[layer], step.first_head[layer], step.arrived,
-        cache.shape.window, offset, interleaved, scale,
+    held = (
+        cache.pages, cache.table[layer], cache.lengths[layer], cache.tokens, recent, recent_weights, mean, total,
+        getattr(cache, "steps", None),
     )  # fmt: skip
+    if n:
+        by_token = [_by_sequence(x, n, step.new_tokens) for x in (query, key, value, output, alpha)]
+        _kernels.paged_attention_(
+            *by_token[:3], cos, sin, step.slots, step.ok, step.lengths[layer, :b], *by_token[3:], *settings, *held,
+            step.first_unit[layer], step.first_head[layer], step.arrived,
+        )  # fmt: skip
+    if c:
+        chunks = [x[n:, None] for x in (query, key, value, output, alpha)]
+        _kernels.paged_chunks_(
+            *chunks[:3], cos, sin, step.chunk_slots, step.ok, step.lengths[layer, b:], *chunks[3:], *settings, *held,
+            step.first_token, max(step.chunk_lengths), cache._free, cache._free_count,
+            None if step.last is None else step.last[layer],
+            None if step.last is None else step.last_weights[layer],
+        )  # fmt: skip
+    return output, alpha
 
 
-def _reference(query, key, value, rotary, cache, layer, step, offset, interleaved, scale) -> tuple[Tensor, Tensor]:
-    output = torch.zeros_like(query)
-    alpha = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
-    if not step.ok:
-        return output, alpha
-    weights = reference.importance(query, key.shape[2], offset)
-    for i, slot in enumerate(step.slots.tolist()):
-        if slot < 0:
+def _by_sequence(x: Tensor, tokens: int, new_tokens: int) -> Tensor:
+    """The tokens of decoding, `[new tokens, b, …]`."""
+    return x[:tokens].unflatten(0, (-1, new_tokens)).transpose(0, 1)
+
+
+def _reference(query, key, value, rotary, cache, layer, step, output, alpha, offset, interleaved, scale) -> None:
+    b, n = len(step.slots), step.new_tokens
+    runs = [(slot, i * n, n) for i, slot in enumerate(step.slots.tolist())]
+    begins = step.first_token.tolist()
+    for i, slot in enumerate(step.chunk_slots.tolist()):
+        runs.append((slot, step.decoding_tokens + begins[i], step.chunk_lengths[i]))
+    for i, (slot, first, n) in enumerate(runs):
+        if slot < 0 or not step.ok:
             continue
-        tokens, lengths = int(cache.tokens[slot]), cache.lengths[layer, slot].long()
-        positions = slice(tokens, tokens + step.new_tokens)
+        tokens, lengths = int(cache.tokens[slot]), cache.lengths[layer, slot].tolist()
+        new = slice(first, first + n)
         contiguous = _gathered(cache, layer, slot, tokens, offset)
-        output[:, i : i + 1], alpha[:, i : i + 1] = reference.dmc_attention_cached(
-            query[:, i : i + 1], key[:, i : i + 1], value[:, i : i + 1],
-            None if rotary is None else tuple(t[positions] for t in rotary),
+        output[new, None], alpha[new, None] = reference.dmc_attention_cached(
+            *(x[new, None] for x in (query, key, value)),
+            None if rotary is None else tuple(t[tokens : tokens + n] for t in rotary),
             contiguous, window=cache.shape.window, offset=offset, interleaved=interleaved, scale=scale,
         )  # fmt: skip
-        for head, (old, new) in enumerate(zip(lengths.tolist(), contiguous.lengths[0].tolist(), strict=True)):
-            for entry in range(max(old - 1, 0), new):
-                page = cache.table[layer, slot, head, entry // PAGE_ENTRIES]
-                cache.pages[page, :, entry % PAGE_ENTRIES] = contiguous.entries[:, 0, head, entry]
+        new_lengths = contiguous.lengths[0].tolist()
+        if i >= b and not cache._take_for_chunk(layer, slot, new_lengths):
+            step.ok.fill_(False)
+            return
+        for head, (old, now) in enumerate(zip(lengths, new_lengths, strict=True)):
+            entries = torch.arange(max(old - 1, 0), now, device=query.device)
+            pages = cache.table[layer, slot, head, entries // PAGE_ENTRIES]
+            cache.pages[pages, :, entries % PAGE_ENTRIES] = contiguous.entries[:, 0, head, entries].transpose(0, 1)
         step.lengths[layer, i] = contiguous.lengths[0].int()
-        if cache.shape.window:
-            ring = torch.arange(tokens, tokens + step.new_tokens) % cache.shape.recent_tokens
-            cache.recent[layer, slot, :, ring] = torch.stack([key, value], 3)[:, i].transpose(0, 1)
-            cache.recent_weights[layer, slot, :, ring] = weights[:, i].T
-        else:
+        pairs = torch.stack([key, value], 2)[new].transpose(0, 1)  # [g, n, 2, d]
+        weights = reference.importance(query[new, None], key.shape[1], offset)[:, 0].T
+        if not cache.shape.window:
             next_state = 1 - int(cache.steps[slot]) % 2
             mean_key, mean_value, total, _ = contiguous.tail
             cache.mean[layer, next_state, slot] = torch.stack([mean_key[0, 0], mean_value[0, 0]], 1)
             cache.total[layer, next_state, slot] = total[0, 0]
-    return output, alpha
+        elif i < b:
+            ring = torch.arange(tokens, tokens + n, device=query.device) % cache.shape.recent_tokens
+            cache.recent[layer, slot, :, ring] = pairs
+            cache.recent_weights[layer, slot, :, ring] = weights
+        elif step.last is not None:
+            kept = min(n, cache.shape.window - 1)
+            step.last[layer, i - b, :, -kept:] = pairs[:, -kept:]
+            step.last_weights[layer, i - b, :, -kept:] = weights[:, -kept:]
 
 
 def _gathered(cache: PagedCache, layer: int, slot: int, tokens: int, offset: float) -> reference.DMCCache:

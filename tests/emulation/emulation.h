@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -22,7 +23,7 @@
 #include <string>
 #include <vector>
 
-using std::min;  // one of the functions that CUDA has without a namespace
+using std::max, std::min;  // functions that CUDA has without a namespace
 
 namespace emulation {
 
@@ -50,6 +51,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<char> shared;
   uint3 index;
+  dim3 grid;
   int current = 0, at_barrier = 0;
   uint64_t barriers = 0, progress = 0;  // barriers passed; anything that let someone go on
   ucontext_t scheduler;
@@ -119,6 +121,7 @@ inline void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, const s
   for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
     Block state;
     block = &state;
+    state.grid = grid;
     state.index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     state.fibers.resize(threads.x);
     state.warps.resize((threads.x + 31) / 32);
@@ -176,6 +179,7 @@ T from_bits(uint64_t x) {
 #endif
 #define threadIdx (emulation::fiber().index)
 #define blockIdx (emulation::block->index)
+#define gridDim (emulation::block->grid)
 
 template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
@@ -207,7 +211,18 @@ inline int __any_sync(uint32_t mask, int vote) {
   });
 }
 inline int __all_sync(uint32_t mask, int vote) { return !__any_sync(mask, !vote); }
-inline int atomicAdd(int* to, int x) { return (*to += x) - x; }
+inline uint32_t __ballot_sync(uint32_t mask, int vote) {
+  return emulation::meet(mask, {uint64_t(vote != 0)}, [&](emulation::Warp& w) {
+    uint32_t votes = 0;
+    for (int i = 0; i < 32; ++i) votes |= uint32_t((mask >> i & 1) && w.slots[i][0]) << i;
+    return votes;
+  });
+}
+inline int __popc(uint32_t x) { return std::popcount(x); }
+template <class T>
+T atomicAdd(T* to, T x) {
+  return (*to += x) - x;
+}
 inline void __threadfence() {}
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 inline float __uint_as_float(uint32_t x) { return emulation::from_bits<float>(x); }

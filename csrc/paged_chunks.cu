@@ -1,0 +1,377 @@
+// Chunks of prompts meet the paged cache: all tokens of a chunk at once, any number of them.
+//
+//   decide    every token's decision, importance and entry; takes the pages that the new entries need
+//   merge     merged, rotated keys and values: an entry's last token writes it into its page, the tokens before keep
+//             theirs for themselves
+//   attend    a query sees the entries before its token's own, and that one as it stood then
+//
+// So attention runs over entries, not tokens, and a chunk's queries see those that earlier chunks left just as those that
+// it makes itself. Nothing that these kernels read is written in them, but for pages behind the committed length: a step
+// that is not committed can be repeated.
+#include "paged.cuh"
+
+namespace dmc {
+namespace {
+
+constexpr int kDecideThreads = 512;
+
+template <class T>
+__global__ void __launch_bounds__(kDecideThreads) decide_kernel(const __grid_constant__ PagedChunks p) {
+  constexpr int kWarps = kDecideThreads / 32;
+  const NewTokens& in = p.in;
+  const PagedLayer& cache = p.cache;
+  const int kv_heads = in.shape.kv_heads, group = in.shape.group, last_channel = in.shape.channels - 1;
+  const int kv_head = blockIdx.x, chunk = blockIdx.y, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  if (!*in.ok) return;
+
+  extern __shared__ __align__(16) char memory[];
+  int* const appended = reinterpret_cast<int*>(memory);  // [kWarps]
+  const int first = p.first_token[chunk], count = p.first_token[chunk + 1] - first;
+  const int64_t slot = in.slots[chunk], kv_row = slot * kv_heads + kv_head, position = cache.tokens[slot];
+  const T* const key = static_cast<const T*>(in.key) + first * in.key_stride.token + kv_head * in.key_stride.head;
+  const T* const query = static_cast<const T*>(in.query) + first * in.query_stride.token +
+                         int64_t(kv_head) * group * in.query_stride.head;
+  const int length = cache.lengths[kv_row];
+  int entries = length;
+  for (int base = 0; base < count; base += kDecideThreads) {
+    const int token = base + thread;
+    const int64_t index = int64_t(first + token) * kv_heads + kv_head;
+    bool appends = false;
+    if (token < count) {
+      // The first token of a sequence has nothing to merge into.
+      appends = position + token == 0 || !(to_float(key[token * in.key_stride.token + last_channel]) > in.offset);
+      p.weight[index] =
+          importance(query + token * in.query_stride.token, in.query_stride.head, group, last_channel, in.offset);
+      in.alpha[(first + token) * in.alpha_stride.token + kv_head * in.alpha_stride.head] = !appends;
+    }
+    const uint32_t votes = __ballot_sync(~0u, appends);
+    if (lane == 0) appended[warp] = __popc(votes);
+    __syncthreads();
+    int before = 0, all = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      before += w < warp ? appended[w] : 0;
+      all += appended[w];
+    }
+    if (token < count) p.entry[index] = entries + before + __popc(votes & (~0u >> (31 - lane))) - 1;
+    entries += all;
+    __syncthreads();
+  }
+
+  int* const table = cache.table + kv_row * cache.max_pages;
+  if (thread == 0) {
+    int held = (length + kPageEntries - 1) / kPageEntries;
+    while (held < cache.max_pages && table[held] >= 0) ++held;  // a step that was given up leaves pages
+    int needs = max(0, (entries + kPageEntries - 1) / kPageEntries - held), left = 0;
+    if (needs) {
+      auto* const free_count = reinterpret_cast<unsigned long long*>(p.free_count);
+      left = int(atomicAdd(free_count, -static_cast<unsigned long long>(needs))) - needs;
+      if (left < 0) {
+        atomicAdd(free_count, static_cast<unsigned long long>(needs));
+        *in.ok = false;
+        needs = 0;
+      }
+    }
+    appended[0] = held, appended[1] = needs, appended[2] = left;
+    in.new_lengths[chunk * kv_heads + kv_head] = entries;
+  }
+  __syncthreads();
+  const int held = appended[0], needs = appended[1], left = appended[2];
+  for (int i = thread; i < needs; i += kDecideThreads) table[held + i] = p.free[left + i];
+}
+
+constexpr int kMergeThreads = 128;
+constexpr int kRun = 8;  // tokens that follow each other, merged by the same lanes
+
+// Weighted sums of keys and values of one lane's channels.
+struct SegmentSums {
+  PairValues key = {}, value = {};
+  float total = 0.f;
+
+  __device__ void add(const PairValues& k, const PairValues& v, float weight) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      key.first[i] += weight * k.first[i];
+      key.second[i] += weight * k.second[i];
+      value.first[i] += weight * v.first[i];
+      value.second[i] += weight * v.second[i];
+    }
+    total += weight;
+  }
+  static __device__ PairValues scaled(PairValues x, float factor) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x.first[i] *= factor;
+      x.second[i] *= factor;
+    }
+    return x;
+  }
+};
+
+template <class T, int D, Pairing kPairing>
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ PagedChunks p) {
+  const NewTokens& in = p.in;
+  const PagedLayer& cache = p.cache;
+  const int kv_heads = in.shape.kv_heads, kv_head = blockIdx.x, chunk = blockIdx.y, thread = threadIdx.x;
+  if (!*in.ok) return;
+
+  const int first = p.first_token[chunk], count = p.first_token[chunk + 1] - first;
+  const int run = (blockIdx.z * (kMergeThreads / kLanes<D>) + thread / kLanes<D>)*kRun, run_end = min(run + kRun, count);
+  const LanePairs<D, kPairing> pairs(in.rotary, thread % kLanes<D> * 4);
+  if (run >= count || !pairs.exist()) return;
+  const int64_t slot = in.slots[chunk], kv_row = slot * kv_heads + kv_head, position = cache.tokens[slot];
+  const T* const key = static_cast<const T*>(in.key) + first * in.key_stride.token + kv_head * in.key_stride.head;
+  const T* const value = static_cast<const T*>(in.value) + first * in.value_stride.token + kv_head * in.value_stride.head;
+  const int64_t first_index = int64_t(first) * kv_heads + kv_head;
+  const int* const entry = p.entry + first_index;
+  const int* const table = cache.table + kv_row * cache.max_pages;
+  const int64_t state = kv_row + (in.window ? 0 : cache.steps[slot] % 2 * cache.state_stride);
+
+  // Token i of the chunk; before its beginning, from the ring.
+  const auto ring = [&](int i) { return kv_row * cache.recent_tokens + (position + i) % cache.recent_tokens; };
+  const auto recent = [&](int i) { return static_cast<const T*>(cache.recent) + ring(i) * 2 * D; };
+  const auto key_at = [&](int i) { return i < 0 ? recent(i) : key + i * in.key_stride.token; };
+  const auto value_at = [&](int i) { return i < 0 ? recent(i) + D : value + i * in.value_stride.token; };
+  const auto weight_at = [&](int i) { return i < 0 ? cache.recent_weights[ring(i)] : p.weight[first_index + int64_t(i) * kv_heads]; };
+  const auto merges = [&](int i) { return position + i > 0 && to_float(key_at(i)[D - 1]) > in.offset; };
+
+  const int limit = in.window ? in.window : 0x7fffffff;
+  SegmentSums sums;
+  int held = 0;  // tokens in the sums, the last ones of their segment, up to `limit`
+  const auto add = [&](int i) { sums.add(pairs.read(key_at(i)), pairs.read(value_at(i)), weight_at(i)); };
+  {  // what this run's first token may merge into
+    int from = run;
+    while (run - from < limit - 1 && (from > 0 || in.window) && merges(from)) --from;
+    if (!in.window && from == 0 && merges(0)) {
+      sums.total = cache.total[state];
+      sums.key = SegmentSums::scaled(pairs.read(cache.mean + state * 2 * D), sums.total);
+      sums.value = SegmentSums::scaled(pairs.read(cache.mean + state * 2 * D + D), sums.total);
+    }
+    held = run - from;
+    for (int i = from; i < run; ++i) add(i);
+  }
+  for (int i = run; i < run_end; ++i) {
+    if (!merges(i)) sums = {}, held = 0;
+    if (held == limit) {  // the oldest leaves: subtracting it would leave a rounding error behind
+      sums = {};
+      for (int j = i - limit + 1; j < i; ++j) add(j);
+      --held;
+    }
+    add(i);
+    ++held;
+
+    const bool survives = i + 1 == count || !merges(i + 1);
+    const int64_t index = first_index + int64_t(i) * kv_heads;
+    const int at = entry[int64_t(i) * kv_heads];
+    T* const to = survives ? static_cast<T*>(cache.pages) +
+                                 (int64_t(table[at / kPageEntries]) * 2 * kPageEntries + at % kPageEntries) * D
+                           : static_cast<T*>(p.own) + index * 2 * D;
+    const PairValues mean_key = SegmentSums::scaled(sums.key, 1.f / sums.total);
+    const PairValues mean_value = SegmentSums::scaled(sums.value, 1.f / sums.total);
+    Rotation rotation;
+    rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, int(position) + i, 0));
+    pairs.write(to, rotation.apply(mean_key, pairs.have_last()));
+    pairs.write(to + (survives ? kPageEntries * D : D), mean_value);
+
+    const int back = count - 1 - i;
+    if (back < in.window - 1) {
+      const int64_t place = int64_t(chunk * kv_heads + kv_head) * (in.window - 1) + in.window - 2 - back;
+      T* const last = static_cast<T*>(p.last) + place * 2 * D;
+      pairs.write_pack(last, pairs.read_pack(key_at(i)));
+      pairs.write_pack(last + D, pairs.read_pack(value_at(i)));
+      p.last_weights[place] = weight_at(i);
+    }
+    if (!in.window && back == 0) {
+      const int64_t next = kv_row + (1 - cache.steps[slot] % 2) * cache.state_stride;
+      pairs.write(cache.mean + next * 2 * D, mean_key);
+      pairs.write(cache.mean + next * 2 * D + D, mean_value);
+      cache.total[next] = sums.total;
+    }
+  }
+}
+
+constexpr int kAttendWarps = 4, kAttendThreads = 32 * kAttendWarps;
+
+template <class T, int D>
+struct AttendMemory {
+  static constexpr int kTiles = D <= 128 ? 2 : 1;                // of 16 queries, of one warp
+  static constexpr int kQueries = kAttendWarps * kTiles * 16;
+  static constexpr int kKeys = 2 * kPageEntries;                 // at once
+  static constexpr int kStages = D <= 128 ? 3 : 2;
+  static constexpr int kBytes = Rows<T, D>::bytes(kQueries + kStages * 2 * kKeys);
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_constant__ PagedChunks p) {
+  using Memory = AttendMemory<T, D>;
+  constexpr int kTiles = Memory::kTiles, kKeys = Memory::kKeys, kStages = Memory::kStages;
+  const NewTokens& in = p.in;
+  const PagedLayer& cache = p.cache;
+  const int kv_heads = in.shape.kv_heads, group = in.shape.group;
+  const int kv_head = blockIdx.x, chunk = blockIdx.y, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int first = p.first_token[chunk], count = p.first_token[chunk + 1] - first, all_rows = count * group;
+  const int first_row = (gridDim.z - 1 - blockIdx.z) * Memory::kQueries;  // those that see most come first
+  if (!*in.ok || first_row >= all_rows) return;
+
+  extern __shared__ __align__(16) char memory[];
+  const Rows<T, D> queries{reinterpret_cast<T*>(memory)}, pages{queries.at(Memory::kQueries)};
+  const int64_t slot = in.slots[chunk], kv_row = slot * kv_heads + kv_head, position = cache.tokens[slot];
+  const int* const table = cache.table + kv_row * cache.max_pages;
+  const T* const pool = static_cast<const T*>(cache.pages);
+  const auto token_of = [&](int row) { return min(row / group, count - 1); };
+  const auto index_of = [&](int token) { return int64_t(first + token) * kv_heads + kv_head; };
+  // A query sees the entries before its token's own.
+  const int sees = p.entry[index_of(token_of(first_row + Memory::kQueries - 1))], steps = (sees + kKeys - 1) / kKeys;
+
+  const auto copy_step = [&](int step) {
+    if (step < steps) {
+      constexpr int kPieces = D / 8, kAll = 2 * kKeys * kPieces;
+#pragma unroll
+      for (int i = 0; i < (kAll + kAttendThreads - 1) / kAttendThreads; ++i) {
+        const int piece = i * kAttendThreads + thread, row = piece / kPieces, channel = piece % kPieces * 8;
+        if (kAll % kAttendThreads && piece >= kAll) break;
+        const int key = step * kKeys + row % kKeys;
+        const bool exists = key < sees;  // values that nobody sees must be 0: 0 times whatever was there might be NaN
+        const int64_t page = exists ? table[key / kPageEntries] : 0;
+        copy_16_bytes(
+            shared_address(pages.at(step % kStages * 2 * kKeys + row, channel)),
+            pool + ((page * 2 + row / kKeys) * kPageEntries + key % kPageEntries) * D + channel, exists);
+      }
+    }
+    end_of_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < kStages - 1; ++i) copy_step(i);
+  rotate_rows<T, D>(
+      in.rotary, queries, Memory::kQueries, kAttendThreads,
+      [&](int row) {
+        row += first_row;
+        return row < all_rows ? static_cast<const T*>(in.query) + (first + row / group) * in.query_stride.token +
+                                    int64_t(kv_head * group + row % group) * in.query_stride.head
+                              : nullptr;
+      },
+      [&](int row) { return int(position) + token_of(first_row + row); });
+  __syncthreads();
+
+  // Every query begins with its token's own entry, as it stood then.
+  const float scale = in.scale * kLog2E;
+  const int warp_row = warp * kTiles * 16;
+  Sums<D> sums[kTiles];
+  int limits[kTiles][2];  // entries that a row sees
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = warp_row + m * 16 + tile_row(i), token = token_of(first_row + row);
+      const int64_t index = index_of(token);
+      const int entry = limits[m][i] = p.entry[index];
+      const bool survives = token + 1 == count || p.entry[index + kv_heads] != entry;
+      const T* const own = survives ? pool + (int64_t(table[entry / kPageEntries]) * 2 * kPageEntries + entry % kPageEntries) * D
+                                    : static_cast<const T*>(p.own) + index * 2 * D;
+      const T* const own_value = own + (survives ? kPageEntries * D : D);
+      float score = 0.f;
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c) {
+        const int channel = c * 8 + lane % 4 * 2;
+        float q[2], k[2], v[2];
+        load(queries.at(row, channel), q);
+        load(own + channel, k);
+        load(own_value + channel, v);
+        score += q[0] * k[0] + q[1] * k[1];
+        sums[m].value[c / 2][c % 2][2 * i] = v[0];
+        sums[m].value[c / 2][c % 2][2 * i + 1] = v[1];
+      }
+      sums[m].highest[i] = Sums<D>::sum_over_quad(score) * scale;
+      sums[m].weight[i] = lane % 4 == 0;
+    }
+  }
+
+  const int warp_sees = p.entry[index_of(token_of(first_row + warp_row + kTiles * 16 - 1))];
+  const int all_see = p.entry[index_of(token_of(first_row + warp_row))];
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<kStages - 2>();
+    copy_step(step + kStages - 1);
+    if (step * kKeys >= warp_sees) continue;
+    const int keys = step % kStages * 2 * kKeys, values = keys + kKeys;
+    float scores[kTiles][kKeys / 16][2][4] = {};
+#pragma unroll
+    for (int c = 0; c < D; c += 16) {
+      uint32_t left[kTiles][1][4];
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) queries.left(left[m], warp_row + m * 16, c);
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t right[1][4];
+        pages.right_transposed(right, keys + n * 16, c);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) multiply_add_tiles<T>(scores[m][n], left[m], right);
+      }
+    }
+    uint32_t weights[kTiles][kKeys / 16][1][4];
+    const bool partly = (step + 1) * kKeys > all_see;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          float& x = scores[m][n][e / 4][e % 4];
+          x *= scale;
+          if (partly && step * kKeys + n * 16 + lane % 4 * 2 + e / 4 * 8 + e % 2 >= limits[m][e % 4 / 2]) x = -INFINITY;
+        }
+      }
+      sums[m].template weigh<T>(scores[m], weights[m]);
+    }
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        uint32_t right[1][4];
+        pages.right(right, values + n * 16, c * 16);
+#pragma unroll
+        for (int m = 0; m < kTiles; ++m) multiply_add_tiles<T>(sums[m].value[c], weights[m][n], right);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_row + warp_row + m * 16 + tile_row(i);
+      const float factor = 1.f / sums[m].total(i);
+      T* const to = static_cast<T*>(in.output) + (first + row / group) * in.output_stride.token +
+                    int64_t(kv_head * group + row % group) * in.output_stride.head;
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) write_row(to + c * 16, sums[m].value[c], i, factor, row < all_rows);
+    }
+  }
+}
+
+template <class T, int D, Pairing kPairing>
+cudaError_t launch(const PagedChunks& p, cudaStream_t stream) {
+  using Memory = AttendMemory<T, D>;
+  const Shape& shape = p.in.shape;
+  const auto blocks = [&](int kinds) { return dim3(shape.kv_heads, shape.batch, kinds); };
+  constexpr int kDecideBytes = 4 * kDecideThreads / 32, kMerged = kMergeThreads / kLanes<D> * kRun;
+  decide_kernel<T><<<blocks(1), kDecideThreads, kDecideBytes, stream>>>(p);
+  merge_kernel<T, D, kPairing><<<blocks((p.longest + kMerged - 1) / kMerged), kMergeThreads, 0, stream>>>(p);
+  if (auto error = cudaFuncSetAttribute(attend_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory::kBytes))
+    return error;
+  const int tiles = (p.longest * shape.group + Memory::kQueries - 1) / Memory::kQueries;
+  attend_kernel<T, D><<<blocks(tiles), kAttendThreads, Memory::kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t paged_chunks(const PagedChunks& p, DType dtype, cudaStream_t stream) {
+  return dispatch(dtype, p.in.shape.channels, p.in.rotary, [&]<class T, int D, Pairing kPairing>() {
+    if constexpr (sizeof(T) == 2)
+      return launch<T, D, kPairing>(p, stream);
+    else
+      return cudaErrorInvalidValue;  // caches hold 16-bit numbers
+  });
+}
+
+}  // namespace dmc
