@@ -24,8 +24,10 @@ from torch import Tensor
 
 from megatron_dmc.compression import Compression
 from megatron_dmc.config import DMCError
+from megatron_dmc.context import PagedContext
 from megatron_dmc.ops.fused import choose_kernel, dmc_attention
 from megatron_dmc.ops.noise import LogisticNoise
+from megatron_dmc.ops.paged import choose_paged_kernel, paged_attention
 from megatron_dmc.ops.reference import DMCCache, Rotary, dmc_attention_cached, zero_out_attention
 
 
@@ -37,12 +39,14 @@ class DMCCall:
     core attention untouched, and for which DMC has no other use.
 
     Attributes:
-        rotary: `(cos, sin)` for the tokens of this pass, or `None`.
-        cache: the layer's cache in generation, else `None`.
+        rotary: `(cos, sin)` for the tokens of this pass, with a paged cache for all positions; or `None`.
+        cache: the layer's contiguous cache under Megatron's static context, else `None`.
+        paged: the paged cache and the step under way, else `None`.
     """
 
     rotary: Rotary | None
-    cache: DMCCache | None
+    cache: DMCCache | None = None
+    paged: PagedContext | None = None
 
 
 class DMCCoreAttention(MegatronModule):
@@ -93,7 +97,7 @@ class DMCCoreAttention(MegatronModule):
         dmc = self.compression.config
         call = attention_bias
         if not dmc.merges:
-            if call.cache is not None:
+            if call.cache is not None or call.paged is not None:
                 raise DMCError(
                     f"stage {dmc.dmc_stage} does not compress: there is no cache to generate from before `retrofit`"
                 )
@@ -110,6 +114,8 @@ class DMCCoreAttention(MegatronModule):
             if self.observer is not None:
                 self.observer(alpha)
             return output.flatten(2)
+        if call.paged is not None:
+            return self._paged(query, key, value, call, settings)
         settings["kernel"] = choose_kernel(query) if dmc.dmc_kernel == "auto" else dmc.dmc_kernel
         if self.training:
             noise = self._noise(key) if dmc.dmc_noise else None
@@ -121,6 +127,21 @@ class DMCCoreAttention(MegatronModule):
         else:
             output, _ = dmc_attention(query, key, value, call.rotary, **settings)
         return output.flatten(2)
+
+    def _paged(self, query: Tensor, key: Tensor, value: Tensor, call: DMCCall, settings: dict) -> Tensor:
+        cache, kernel = call.paged.cache, self.compression.config.dmc_kernel
+        if settings.pop("window") != cache.shape.window:
+            raise DMCError(
+                f"the cache was made for windows of {cache.shape.window} tokens, the model merges over "
+                f"{self.compression.config.dmc_window_size}"
+            )
+        output, alpha = paged_attention(
+            query[:, 0], key[:, 0], value[:, 0], call.rotary, cache, call.paged.layers[self.layer + 1], call.paged.step,
+            kernel="reference" if kernel == "reference" else choose_paged_kernel(query, cache), **settings,
+        )  # fmt: skip
+        if self.observer is not None:
+            self.observer(alpha[:, None])
+        return output[:, None].flatten(2)
 
     def _noise(self, key: Tensor) -> LogisticNoise:
         """Logistic noise for this pass, the difference of two standard Gumbel variables.
@@ -189,8 +210,16 @@ class DMCSelfAttention(SelfAttention):
         if given := [name for name, value in refused.items() if value is not None]:
             raise DMCError(f"DMC attention takes no {', '.join(given)}")
         context = inference_context if inference_context is not None else inference_params
+        if isinstance(context, PagedContext):
+            call = DMCCall(
+                rotary=self._rotary_tables(rotary_pos_emb, slice(0, context.max_sequence_length)), paged=context
+            )
+            return super().forward(hidden_states, attention_mask, attention_bias=call)
         if context is not None and not context.is_static_batching():
-            raise DMCError("DMC generates with a static inference context (StaticInferenceContext); got a dynamic one")
+            raise DMCError(
+                "DMC generates with megatron_dmc.context.PagedContext or Megatron's StaticInferenceContext; got "
+                f"{type(context).__name__}"
+            )
         start = 0 if context is None else context.sequence_len_offset
         tokens = hidden_states.shape[0] * (get_pg_size(self.tp_group) if self.config.sequence_parallel else 1)
         call = DMCCall(

@@ -74,11 +74,14 @@ class CacheShape:
 
     def fixed_bytes(self, dtype: torch.dtype) -> int:
         """All that is not pages: block tables, lengths, and the state of open segments."""
+        per_head = 4 * self.max_pages + 4 + self.state_bytes(dtype)
+        return self.layers * (self.slots + 1) * self.kv_heads * per_head
+
+    def state_bytes(self, dtype: torch.dtype) -> int:
+        """Of one head's open segment."""
         if self.window:
-            state = self.recent_tokens * (2 * self.channels * dtype.itemsize + 4)
-        else:
-            state = 2 * (2 * self.channels + 1) * 4
-        return self.layers * (self.slots + 1) * self.kv_heads * (4 * self.max_pages + 4 + state)
+            return self.recent_tokens * (2 * self.channels * dtype.itemsize + 4)
+        return 2 * (2 * self.channels + 1) * 4
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,12 @@ def main() -> None:
         "--top-p", type=float, default=0.0, help="sample from the most likely tokens of total probability P"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=64, help="prompts at once, at most (default: 64)")
+    parser.add_argument(
+        "--cache-gib",
+        type=float,
+        help="memory for the cache in GiB (default: what the prompts need; on a GPU at most 90%% of what is free)",
+    )
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
     args = parser.parse_args()
 
@@ -48,8 +55,7 @@ def main() -> None:
     from megatron_dmc.checkpoint import load
 
     loaded = load(args.checkpoint, tokenizer_model=args.tokenizer_model)
-    for prompt in prompts:
-        _generate(loaded, prompt, args.max_new_tokens, sampling)
+    _generate(loaded, prompts, args.max_new_tokens, sampling, slots=args.batch_size, cache_gib=args.cache_gib)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -67,20 +73,37 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _generate(loaded, prompt: str, max_new_tokens: int, sampling) -> None:
+def _generate(loaded, prompts: list[str], max_new_tokens: int, sampling, **options) -> None:
+    """Print prompts with what follows, in their order: each as it grows, once those before it have ended."""
     from megatron_dmc.generation import Generation
 
-    generation = Generation(loaded, loaded.tokenizer.tokenize(prompt), max_new_tokens, sampling)
-    print(prompt, end="", flush=True)
-    for piece in _text(generation, loaded.tokenizer):
-        print(piece, end="", flush=True)
-    print(flush=True)
+    tokens = [loaded.tokenizer.tokenize(prompt) for prompt in prompts]
+    generation = Generation(loaded, tokens, max_new_tokens, sampling, **options)
+    found: list[deque[int]] = [deque() for _ in prompts]
+    events = iter(generation)
+
+    def follow(index: int) -> Iterator[int]:
+        """The tokens of one prompt; those of others are kept for later."""
+        while True:
+            if found[index]:
+                yield found[index].popleft()
+            elif index in generation.ended or (event := next(events, None)) is None:
+                return
+            else:
+                found[event[0]].append(event[1])
+
+    for index, prompt in enumerate(prompts):
+        print(prompt, end="", flush=True)
+        for piece in _text(follow(index), loaded.tokenizer):
+            print(piece, end="", flush=True)
+        print(flush=True)
     report = generation.report
     print(
-        f"[{report.tokens} tokens in; {report.entries / report.heads:.1f} entries kept per head, "
+        f"[{report.sequences} prompt{'s' * (report.sequences > 1)}, {report.tokens} tokens in; "
+        f"{report.entries / report.heads / report.sequences:.1f} entries kept per head and prompt, "
         f"ratio {report.ratio:.2f}; "
         f"cache {report.entry_bytes:,} bytes instead of {round(report.entry_bytes * report.ratio):,}, "
-        f"open segments {report.state_bytes:,} bytes]",
+        f"open segments {report.state_bytes:,} bytes a prompt]",
         file=sys.stderr,
         flush=True,
     )

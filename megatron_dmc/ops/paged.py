@@ -9,13 +9,14 @@ with attention over entries instead of tokens (`csrc/paged_chunks.cu`). The refe
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.cache import PAGE_ENTRIES, PagedCache, Step
 from megatron_dmc.ops import reference
-from megatron_dmc.ops.fused import _readable
+from megatron_dmc.ops.fused import _readable, _unsupported
 from megatron_dmc.ops.reference import Rotary
 
 _kernels = torch.ops.megatron_dmc  # csrc/bindings.cpp; tests put the emulated ones here
@@ -98,6 +99,19 @@ def paged_attention(
             None if step.last is None else step.last_weights[layer],
         )  # fmt: skip
     return output, alpha
+
+
+def choose_paged_kernel(query: Tensor, cache: PagedCache) -> str:
+    """ "fused" on a GPU of Ampere's generation or later, for caches in bfloat16 and float16; else "reference"."""
+    if not query.is_cuda:
+        return "reference"
+    reason = _unsupported(query)
+    if reason is None and cache.dtype not in (torch.bfloat16, torch.float16):
+        reason = f"the cache holds {cache.dtype}, and the kernels take bfloat16 and float16"
+    if reason is None:
+        return "fused"
+    warnings.warn(f"paged attention runs on the slow reference operations: {reason}", stacklevel=2)
+    return "reference"
 
 
 def _by_sequence(x: Tensor, tokens: int, new_tokens: int) -> Tensor:
