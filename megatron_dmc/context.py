@@ -42,8 +42,8 @@ class PagedContext(BaseInferenceContext):
         logits = model(tokens, context.positions(), None, inference_context=context, runtime_gather_output=True)
         context.commit()
 
-    with `tokens` and positions `[1, step.tokens]`, in the step's order, and logits `[1, n, vocabulary]` of the last token
-    of each sequence that decodes, then of each chunk.
+    with `tokens` and positions `[1, step.tokens]`, in the step's order, and logits `[1, n, vocabulary]` of the last
+    token of each sequence that decodes, then of each chunk.
 
     Args:
         model: the model, or this pipeline stage of it; its DMC layers find their places in the cache here.
