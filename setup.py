@@ -1,7 +1,8 @@
 """Builds the CUDA extension under csrc/ where nvcc is found; everything else is declared in pyproject.toml.
 
 TORCH_CUDA_ARCH_LIST chooses the architectures, Ampere or later (unless given: Hopper, and PTX for what comes after),
-MAX_JOBS the parallelism. MEGATRON_DMC_CUDA=0 leaves the extension out.
+MAX_JOBS the parallelism, MEGATRON_DMC_PAGE_ENTRIES the page size of the cache (8, 16, 32 or 64; 16 unless given).
+MEGATRON_DMC_CUDA=0 leaves the extension out.
 """
 
 import os
@@ -46,6 +47,13 @@ def architectures() -> str:
     return ";".join(kept)
 
 
+def page_entries() -> str:
+    asked = os.environ.get("MEGATRON_DMC_PAGE_ENTRIES") or "16"
+    if asked not in ("8", "16", "32", "64"):
+        raise SystemExit(f"MEGATRON_DMC_PAGE_ENTRIES must be 8, 16, 32 or 64; got {asked!r}")
+    return asked
+
+
 def cuda_extension() -> dict:
     if os.environ.get("MEGATRON_DMC_CUDA") == "0":
         print("megatron-dmc: MEGATRON_DMC_CUDA=0, installing without the CUDA extension", file=sys.stderr)
@@ -70,7 +78,11 @@ def cuda_extension() -> dict:
         ["csrc/bindings.cpp", *(f"csrc/{name}.cu" for name in KERNELS)],
         depends=[str(path) for path in Path("csrc").glob("*.*h")],
         # torch's stable ABI of 2.11: one build serves every later version.
-        define_macros=[("USE_CUDA", None), ("TORCH_TARGET_VERSION", "0x020b000000000000")],
+        define_macros=[
+            ("USE_CUDA", None),
+            ("TORCH_TARGET_VERSION", "0x020b000000000000"),
+            ("MEGATRON_DMC_PAGE_ENTRIES", page_entries()),
+        ],
         extra_compile_args={"cxx": ["-O2", "-std=c++20"], "nvcc": ["-O3", "-std=c++20", "--threads=2"]},
         py_limited_api=True,
     )

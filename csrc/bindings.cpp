@@ -54,6 +54,7 @@ const char* name_of(ScalarType dtype) {
     case ScalarType::Long: return "int64";
     case ScalarType::Int: return "int32";
     case ScalarType::Bool: return "bool";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
     default: return "another dtype";
   }
 }
@@ -354,15 +355,18 @@ struct CacheCall : Call {
     return in;
   }
 
-  dmc::PagedLayer layer(const dmc::NewTokens& in, const Tensor& pages, const Tensor& table, const Tensor& lengths,
-                        const Tensor& tokens, const std::optional<Tensor>& recent,
+  dmc::PagedLayer layer(const dmc::NewTokens& in, const Tensor& pages, const std::optional<Tensor>& scales,
+                        const Tensor& table, const Tensor& lengths, const Tensor& tokens, const std::optional<Tensor>& recent,
                         const std::optional<Tensor>& recent_weights, const std::optional<Tensor>& mean,
                         const std::optional<Tensor>& total, const std::optional<Tensor>& steps) const {
     dmc::PagedLayer cache{};
     const int64_t g = in.shape.kv_heads, d = in.shape.channels;
     require(table.dim() == 3, "table must be [slots, KV heads, pages]; got ", text(table.sizes()));
     const int64_t s = table.size(0), held = table.size(2);
-    cache.pages = contiguous_out(pages, "pages", {pages.size(0), 2, dmc::kPageEntries, d}, type);
+    cache.pages = contiguous_out(pages, "pages", {pages.size(0), 2, dmc::kPageEntries, d}, scales ? ScalarType::Float8_e4m3fn : type);
+    if (scales)
+      cache.scales = static_cast<float*>(
+          contiguous_out(*scales, "scales", {pages.size(0), 2, dmc::kPageEntries}, ScalarType::Float));
     cache.table = ints(table, "table", {s, g, held});
     cache.max_pages = int(held);
     cache.lengths = ints(lengths, "lengths", {s, g});
@@ -387,14 +391,14 @@ struct CacheCall : Call {
 void paged_attention(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> cos,
                      std::optional<Tensor> sin, const Tensor& slots, Tensor ok, Tensor new_lengths, Tensor output,
                      Tensor alpha, int64_t window, double offset, bool interleaved, double scale, Tensor pages,
-                     Tensor table, const Tensor& lengths, const Tensor& tokens, std::optional<Tensor> recent,
+                     std::optional<Tensor> scales, Tensor table, const Tensor& lengths, const Tensor& tokens, std::optional<Tensor> recent,
                      std::optional<Tensor> recent_weights, std::optional<Tensor> mean, std::optional<Tensor> total,
                      std::optional<Tensor> steps, const Tensor& first_unit, const Tensor& first_head, Tensor arrived) {
   const CacheCall call(query);
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   dmc::PagedAttention p{};
   p.in = call.new_tokens(query, key, value, cos, sin, slots, ok, new_lengths, output, alpha, window, offset, interleaved, scale);
-  p.cache = call.layer(p.in, pages, table, lengths, tokens, recent, recent_weights, mean, total, steps);
+  p.cache = call.layer(p.in, pages, scales, table, lengths, tokens, recent, recent_weights, mean, total, steps);
   const auto& shape = p.in.shape;
   require(shape.tokens <= dmc::kMaxNewTokens, "query has ", shape.tokens, " new tokens; a step takes ", dmc::kMaxNewTokens);
   require(slots.size(0) == shape.batch, "slots must be [", shape.batch, "]; got ", text(slots.sizes()));
@@ -414,8 +418,8 @@ void paged_attention(const Tensor& query, const Tensor& key, const Tensor& value
 
 void paged_chunks(const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> cos,
                   std::optional<Tensor> sin, const Tensor& slots, Tensor ok, Tensor new_lengths, Tensor output,
-                  Tensor alpha, int64_t window, double offset, bool interleaved, double scale, Tensor pages, Tensor table,
-                  const Tensor& lengths, const Tensor& tokens, std::optional<Tensor> recent,
+                  Tensor alpha, int64_t window, double offset, bool interleaved, double scale, Tensor pages,
+                  std::optional<Tensor> scales, Tensor table, const Tensor& lengths, const Tensor& tokens, std::optional<Tensor> recent,
                   std::optional<Tensor> recent_weights, std::optional<Tensor> mean, std::optional<Tensor> total,
                   std::optional<Tensor> steps, const Tensor& first_token, int64_t longest, Tensor free, Tensor free_count,
                   std::optional<Tensor> last, std::optional<Tensor> last_weights) {
@@ -423,7 +427,7 @@ void paged_chunks(const Tensor& query, const Tensor& key, const Tensor& value, s
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   dmc::PagedChunks p{};
   p.in = call.new_tokens(query, key, value, cos, sin, slots, ok, new_lengths, output, alpha, window, offset, interleaved, scale);
-  p.cache = call.layer(p.in, pages, table, lengths, tokens, recent, recent_weights, mean, total, steps);
+  p.cache = call.layer(p.in, pages, scales, table, lengths, tokens, recent, recent_weights, mean, total, steps);
   auto& shape = p.in.shape;
   require(shape.batch == 1, "query must hold the chunks one after the other, [tokens, 1, heads, channels]; got ",
           text(query.sizes()));
@@ -460,6 +464,16 @@ int64_t max_window(ScalarType dtype, int64_t channels) {
   }
 }
 
+int64_t paged_workers(ScalarType dtype, int64_t channels, bool scaled) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return dmc::paged_workers(dmc::DType::kBFloat16, int(channels), scaled);
+    case ScalarType::Half: return dmc::paged_workers(dmc::DType::kHalf, int(channels), scaled);
+    default: return 0;
+  }
+}
+
+int64_t page_entries() { return dmc::kPageEntries; }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(megatron_dmc, m) {
@@ -485,13 +499,15 @@ STABLE_TORCH_LIBRARY(megatron_dmc, m) {
   "Tensor(b!) new_lengths, Tensor(c!) output, Tensor(d!) alpha, int window, float offset, bool interleaved, " \
   "float scale, "
 #define CACHE_LAYER                                                                                          \
-  "Tensor(e!) pages, Tensor(f!) table, Tensor lengths, Tensor tokens, Tensor(g!)? recent, "                  \
+  "Tensor(e!) pages, Tensor(n!)? scales, Tensor(f!) table, Tensor lengths, Tensor tokens, Tensor(g!)? recent, " \
   "Tensor(h!)? recent_weights, Tensor(i!)? mean, Tensor(j!)? total, Tensor? steps, "
   m.def("paged_attention_(" NEW_TOKENS CACHE_LAYER "Tensor first_unit, Tensor first_head, Tensor(k!) arrived) -> ()");
   m.def("paged_chunks_(" NEW_TOKENS CACHE_LAYER
         "Tensor first_token, int longest, Tensor free, Tensor(k!) free_count, Tensor(l!)? last, "
         "Tensor(m!)? last_weights) -> ()");
   m.def("max_window(ScalarType dtype, int channels) -> int");
+  m.def("paged_workers(ScalarType dtype, int channels, bool scaled) -> int");
+  m.def("page_entries() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CUDA, m) {
@@ -503,4 +519,8 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CUDA, m) {
   m.impl("paged_chunks_", TORCH_BOX(&paged_chunks));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) { m.impl("max_window", TORCH_BOX(&max_window)); }
+STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CompositeExplicitAutograd, m) {
+  m.impl("max_window", TORCH_BOX(&max_window));
+  m.impl("paged_workers", TORCH_BOX(&paged_workers));
+  m.impl("page_entries", TORCH_BOX(&page_entries));
+}

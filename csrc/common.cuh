@@ -174,6 +174,25 @@ struct LanePairs {
     }
   }
 
+  // One byte a channel, as `convert` makes it.
+  template <class F>
+  __device__ void write_bytes(uint8_t* row, const PairValues& v, F convert) const {
+    const PairPack<float> x = pack<float>(v);
+    if constexpr (kPairing != Pairing::kAny) {
+      uint32_t words[2] = {};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) words[i / 4] |= uint32_t(convert(x[i])) << 8 * (i % 4);
+      *reinterpret_cast<uint32_t*>(row + low) = words[0];
+      *reinterpret_cast<uint32_t*>(row + high) = words[1];
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        row[first(pair + i)] = convert(x.low[i]);
+        row[second(pair + i)] = convert(x.high[i]);
+      }
+    }
+  }
+
   // Eight channels in a pack's order, as pairs.
   __device__ PairValues paired(const float (&x)[8]) const {
     constexpr bool kNeighbours = kPairing == Pairing::kInterleaved;

@@ -97,15 +97,20 @@ struct PrepareBackward {
   void *grad_key, *grad_value;  // [s, b, g, d]
 };
 
-// A page of the cache holds so many entries of one head: their keys, then their values.
-constexpr int kPageEntries = 16;
+// A page of the cache holds so many entries of one head: their keys, then their values. Chosen when building: 8 to 64.
+#ifndef MEGATRON_DMC_PAGE_ENTRIES
+#define MEGATRON_DMC_PAGE_ENTRIES 16
+#endif
+constexpr int kPageEntries = MEGATRON_DMC_PAGE_ENTRIES;
+static_assert(kPageEntries == 8 || kPageEntries == 16 || kPageEntries == 32 || kPageEntries == 64);
 
 // New tokens of a sequence in a decoding step.
 constexpr int kMaxNewTokens = 8;
 
 // One layer of the paged cache (megatron_dmc/cache.py says what its tensors are), of S slots.
 struct PagedLayer {
-  void* pages;  // [pages, 2, kPageEntries, d]
+  void* pages;    // [pages, 2, kPageEntries, d]
+  float* scales;  // [pages, 2, kPageEntries] of 8-bit entries, or null: then they have the new tokens' dtype
   int* table;   // [S, g, max_pages]
   int max_pages;
   const int* lengths;     // [S, g]
@@ -141,12 +146,15 @@ struct NewTokens {
 struct PagedAttention {
   NewTokens in;
   PagedLayer cache;
-  int workers;            // thread blocks for every 16 queries of a KV head
+  int workers;            // warps for every 16 queries of a KV head
   const int* first_unit;  // [b * g + 1] units of work of the heads before
   const int* first_head;  // [workers] the head that a worker's first unit belongs to
   float* partial;         // [workers, 2, tiles of 16 queries, 16, d + 2]
   int* arrived;           // [b * g, tiles of 16 queries], 0 before and after
 };
+
+// Units of work of a head beside one for every 16 entries, for its new tokens.
+constexpr int kUnitEntries = 16;
 
 // Chunks of prompts: any number of tokens of each of c sequences, one after the other; in `in`, tokens are all of them,
 // the strides of sequences are 0, and b is c.
@@ -173,6 +181,9 @@ cudaError_t merge_diagonal(const MergeDiagonal&, DType, cudaStream_t);
 cudaError_t merge_diagonal_backward(const MergeDiagonalBackward&, DType, cudaStream_t);
 cudaError_t prepare_backward(const PrepareBackward&, DType, cudaStream_t);
 cudaError_t paged_attention(const PagedAttention&, DType, cudaStream_t);
+
+// How many workers the current device runs at once, for 16-bit entries and for 8-bit ones; 0 for what it cannot run.
+int paged_workers(DType, int channels, bool scaled);
 
 // Three kernels, one after the other; the last error of their launches.
 cudaError_t paged_chunks(const PagedChunks&, DType, cudaStream_t);

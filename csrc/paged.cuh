@@ -1,9 +1,15 @@
 // What decoding and chunks of prompts share: rotation into shared memory, and softmax-weighted sums.
 #pragma once
 
+#include <cuda_fp8.h>
+
 #include "tensor_core.cuh"
 
 namespace dmc {
+
+// Entries are stored as they are, or in 8 bits (e4m3) with a float32 scale for every key and every value.
+using fp8 = __nv_fp8_storage_t;
+constexpr float kHighestFp8 = 448.f;
 
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -38,6 +44,104 @@ __device__ inline void rotate_rows(const Rotary& rotary, Rows<T, D> to, int rows
     case Pairing::kHalves: return rotate_rows<T, D, Pairing::kHalves>(rotary, to, rows, threads, from, position);
     case Pairing::kInterleaved: return rotate_rows<T, D, Pairing::kInterleaved>(rotary, to, rows, threads, from, position);
     default: return rotate_rows<T, D, Pairing::kAny>(rotary, to, rows, threads, from, position);
+  }
+}
+
+// Where entry `index` of a head has its key; its value is kPageEntries rows behind.
+__device__ inline int64_t entry_row(const int* table, int index) {
+  return int64_t(table[index / kPageEntries]) * 2 * kPageEntries + index % kPageEntries;
+}
+
+// kKeys entries on their way through shared memory: their keys as rows [0, kKeys), behind them their values.
+template <class T, class S, int D, int kKeys, int kThreads>
+struct Staging {
+  static constexpr bool kScaled = sizeof(S) == 1;
+  static constexpr int kRows = 2 * kKeys;
+  static constexpr int kStageBytes = kScaled ? kRows * (D + 4) : Rows<T, D>::bytes(kRows);
+  static constexpr int kReadyBytes = kScaled ? Rows<T, D>::bytes(kRows) : 0;  // besides, once for all stages
+
+  // Begin to copy entries [first, first + kKeys); from `bound` on there are none, and what nobody sees must be 0 and not
+  // whatever was there: 0 times that might be NaN.
+  static __device__ void copy(char* stage, const PagedLayer& cache, const int* table, int first, int bound, int thread) {
+    constexpr int kPerPiece = 16 / sizeof(S), kPieces = D / kPerPiece, kAll = kRows * kPieces;
+    constexpr bool kOnePage = kPageEntries % kKeys == 0, kTwoPages = 2 * kPageEntries == kKeys;
+    const int* const pages = table + first / kPageEntries;
+    const int page0 = kOnePage || kTwoPages ? pages[0] : 0;
+    const int page1 = kTwoPages && first + kPageEntries < bound ? pages[1] : 0;
+    const auto row_of = [&](int row) {
+      const int key = first + row % kKeys;
+      const int64_t page = kOnePage ? page0 : kTwoPages ? (row % kKeys < kPageEntries ? page0 : page1) : table[key / kPageEntries];
+      return (page * 2 + row / kKeys) * kPageEntries + key % kPageEntries;
+    };
+#pragma unroll
+    for (int i = 0; i < (kAll + kThreads - 1) / kThreads; ++i) {
+      const int piece = i * kThreads + thread, row = piece / kPieces, channel = piece % kPieces * kPerPiece;
+      if (kAll % kThreads && piece >= kAll) break;
+      const bool exists = first + row % kKeys < bound;
+      char* to;
+      if constexpr (kScaled)
+        to = stage + row * D + channel;
+      else
+        to = reinterpret_cast<char*>(Rows<T, D>{reinterpret_cast<T*>(stage)}.at(row, channel));
+      copy_16_bytes(shared_address(to), static_cast<const S*>(cache.pages) + (exists ? row_of(row) * D : 0) + channel, exists);
+    }
+    if constexpr (kScaled) {
+      const int row = thread * 4;
+      if (row < kRows) {
+        const bool exists = first + row % kKeys < bound;
+        copy_16_bytes(shared_address(stage + kRows * D + 4 * row), cache.scales + (exists ? row_of(row) : 0), exists);
+      }
+    }
+  }
+
+  // What has arrived, as rows; 8-bit entries are unpacked into `ready`, and have to be waited for.
+  static __device__ Rows<T, D> rows(char* stage, char* ready, int first, int bound, int thread) {
+    if constexpr (!kScaled) return {reinterpret_cast<T*>(stage)};
+    const Rows<T, D> to{reinterpret_cast<T*>(ready)};
+    constexpr int kPieces = D / 8, kAll = kRows * kPieces;
+#pragma unroll
+    for (int i = 0; i < (kAll + kThreads - 1) / kThreads; ++i) {
+      const int piece = i * kThreads + thread, row = piece / kPieces, channel = piece % kPieces * 8;
+      if (kAll % kThreads && piece >= kAll) break;
+      const uint2 eight = *reinterpret_cast<const uint2*>(stage + row * D + channel);
+      const float scale = first + row % kKeys < bound ? reinterpret_cast<const float*>(stage + kRows * D)[row] : 0.f;
+      uint4 words;
+      uint32_t* const word = &words.x;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const auto two = __nv_fp8x2_storage_t((k < 2 ? eight.x : eight.y) >> 16 * (k % 2));
+        const float2 x = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3)));
+        word[k] = pack_two<T>(x.x * scale, x.y * scale);
+      }
+      *reinterpret_cast<uint4*>(to.at(row, channel)) = words;
+    }
+    return to;
+  }
+};
+
+// The lanes of a warp that hold the same row as this one.
+template <int D>
+__device__ inline uint32_t lanes_of_row() {
+  return (~0u >> (32 - D / 8)) << threadIdx.x % 32 / kLanes<D> * kLanes<D>;
+}
+
+// A lane's pairs of a key or a value become part of an entry, as the row's other lanes do at the same time.
+template <class S, int D, class Pairs>
+__device__ inline void write_entry(const PagedLayer& cache, int64_t row, const Pairs& pairs, const PairValues& x) {
+  S* const to = static_cast<S*>(cache.pages) + row * D;
+  if constexpr (sizeof(S) > 1) {
+    pairs.write(to, x);
+  } else {
+    float highest = 0.f;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) highest = fmaxf(highest, fmaxf(fabsf(x.first[i]), fabsf(x.second[i])));
+    highest = __uint_as_float(__reduce_max_sync(lanes_of_row<D>(), __float_as_uint(highest)));  // sorted like integers
+    const float scale = highest / kHighestFp8, inverse = highest > 0.f ? kHighestFp8 / highest : 0.f;
+    PairValues scaled;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) scaled.first[i] = x.first[i] * inverse, scaled.second[i] = x.second[i] * inverse;
+    pairs.write_bytes(to, scaled, [](float y) { return __nv_cvt_float_to_fp8(y, __NV_SATFINITE, __NV_E4M3); });
+    if (pairs.have_last()) cache.scales[row] = scale;
   }
 }
 

@@ -1,218 +1,262 @@
 // New tokens meet the paged cache, one launch a layer: decide, merge or append, rotate, write, attend, combine.
 //
-// Work comes in units: a page of closed entries, and for every sequence and KV head one unit more, its new tokens. The
-// units of a layer are numbered head by head and dealt out in equal runs to the workers (thread blocks); whoever gets a
-// head's last unit also merges its new tokens and writes them into the cache. Where a head's units fall to several
-// workers, the last one to finish combines what they found. Nothing that a launch reads is written in it: merging reads
-// tokens that the ring still holds, attention reads entries that are closed, and lengths are committed after the step.
+// Work comes in units: 16 closed entries, and for every sequence and KV head one unit more, its new tokens. The units of a
+// layer are numbered head by head and dealt out in equal runs to the workers. A worker is a warp, and all by itself: its
+// copies of entries run ahead of it, over the borders of heads; no barrier stops them. Whoever gets a head's last unit
+// also merges its new tokens and writes them into the cache. Where a head's units fall to several workers, the last one
+// to finish combines what they found. Nothing that a launch reads is written in it: merging reads tokens that the ring
+// still holds, attention reads entries that are closed, and lengths are committed after the step.
 #include "paged.cuh"
 
 namespace dmc {
 namespace {
 
-constexpr int kWarps = 4, kPagedThreads = 32 * kWarps;
 constexpr int kRows = 16;  // queries at once: new tokens times heads of a group
 
-template <class T, int D>
+template <class T, class S, int D>
 struct PagedMemory {
+  using Stage = Staging<T, S, D, kUnitEntries, 32>;
   static constexpr int kStages = D <= 128 ? 3 : 2;
-  static constexpr int kPageRows = 2 * kPageEntries;  // keys, then values
-  static constexpr int kQueryBytes = Rows<T, D>::bytes(kRows);
-  static constexpr int kNewBytes = 2 * Rows<T, D>::bytes(kRows);
-  static constexpr int kMergedBytes = 4 * 2 * kMaxNewTokens * D;
-  static constexpr int kPageBytes = Rows<T, D>::bytes(kPageRows);
-  static constexpr int kBytes = kQueryBytes + kNewBytes + kMergedBytes + kWarps * kStages * kPageBytes;
-  static_assert(kWarps * kStages * kPageBytes >= 4 * kWarps * kRows * (D + 2), "sums are combined where pages were");
+  static constexpr int kQueryBytes = Rows<T, D>::bytes(kRows), kNewBytes = Rows<T, D>::bytes(2 * kRows);
+  static constexpr int kBytes = kQueryBytes + kNewBytes + Stage::kReadyBytes + kStages * Stage::kStageBytes;
 };
 
-// The two channels of a pair, as common.cuh's LanePairs has them.
-template <int D>
-__device__ int2 channels_of(const Rotary& rotary, int pair) {
-  if (rotary.interleaved) return make_int2(2 * pair, 2 * pair + 1);
-  return pair < rotary.pairs ? make_int2(pair, pair + rotary.pairs) : make_int2(pair + rotary.pairs, pair + D / 2);
+// One head of one sequence, and what a worker has to do with it.
+struct Work {
+  int head, batch, kv_head, units, from, to;  // units [from, to) of the head's
+  int64_t slot, kv_row, position;
+  int length, closed;  // entries: all, and those that no new token changes
+  const int* table;
+  bool merges;  // whether the first new token does
+
+  __device__ bool nobody() const { return slot < 0; }
+  __device__ bool has_new() const { return to == units; }
+  __device__ int entries_end() const { return min(to, units - 1); }  // of units with entries
+};
+
+template <class T>
+__device__ Work work_of(const PagedAttention& p, int head, int begin, int end) {
+  const int kv_heads = p.in.shape.kv_heads, start = p.first_unit[head];
+  Work w;
+  w.head = head, w.batch = head / kv_heads, w.kv_head = head % kv_heads;
+  w.units = p.first_unit[head + 1] - start, w.from = max(begin - start, 0), w.to = min(end - start, w.units);
+  w.slot = p.in.slots[w.batch];
+  w.kv_row = w.nobody() ? 0 : w.slot * kv_heads + w.kv_head;
+  w.position = w.nobody() ? 0 : p.cache.tokens[w.slot];
+  w.length = p.cache.lengths[w.kv_row];
+  const T* const key = static_cast<const T*>(p.in.key) + w.batch * p.in.key_stride.batch + w.kv_head * p.in.key_stride.head;
+  w.merges = w.position > 0 && to_float(key[p.in.shape.channels - 1]) > p.in.offset;
+  w.closed = w.length - w.merges;
+  w.table = p.cache.table + w.kv_row * p.cache.max_pages;
+  return w;
 }
 
-// A rotated pair; the last channel is 0 before and after.
-template <int D>
-__device__ float2 rotate_pair(const Rotary& rotary, int pair, int2 channels, int64_t position, float first, float second) {
-  if (channels.y == D - 1) second = 0.f;
-  if (pair < rotary.pairs) {
-    const float c = rotary.cos[position * rotary.stride.token + pair], s = rotary.sin[position * rotary.stride.token + pair];
-    const float turned = first * c - second * s;
-    second = second * c + first * s;
-    first = turned;
-  }
-  if (channels.y == D - 1) second = 0.f;
-  return make_float2(first, second);
-}
+// The new tokens of a head, as all lanes know them.
+struct New {
+  uint32_t merging, surviving;  // bit i: token i merges into the entry before; the next one does not merge into its own
+  float weight;                 // of token `lane`
+  int open;                     // tokens of the ring that the first one merges with
+};
 
 template <class T, int D>
-__global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attention_kernel(const __grid_constant__ PagedAttention p) {
-  using Memory = PagedMemory<T, D>;
+__device__ New decide(const PagedAttention& p, const Work& w) {
   const NewTokens& in = p.in;
   const PagedLayer& cache = p.cache;
-  const auto [new_tokens, sequences, heads, kv_heads, channels, group] = in.shape;
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int worker = blockIdx.x, tile = blockIdx.y, total_heads = sequences * kv_heads;
-  const int all_rows = new_tokens * group, tiles = (all_rows + kRows - 1) / kRows, first_row = tile * kRows;
+  const int lane = threadIdx.x % 32, tokens = in.shape.tokens, group = in.shape.group;
+  const bool exists = lane < tokens;
+  New fresh;
+  bool merges = false;
+  fresh.weight = 0.f;
+  if (exists) {
+    merges = w.position + lane > 0 && to_float(static_cast<const T*>(in.key)[lane * in.key_stride.token + w.batch * in.key_stride.batch +
+                                                                             w.kv_head * in.key_stride.head + D - 1]) > in.offset;
+    const T* const query = static_cast<const T*>(in.query) + lane * in.query_stride.token + w.batch * in.query_stride.batch +
+                           int64_t(w.kv_head) * group * in.query_stride.head;
+    fresh.weight = importance(query, in.query_stride.head, group, D - 1, in.offset);
+  }
+  fresh.merging = __ballot_sync(~0u, merges);
+  fresh.surviving = ~(fresh.merging >> 1) & (~0u >> (32 - tokens));
+  fresh.open = 0;
+  if (in.window && w.merges) {
+    // The token before is part of the segment; others are as long as those behind them merge.
+    const T* const recent = static_cast<const T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
+    for (int base = 1; base < in.window; base += 32) {
+      const int back = base + lane;
+      const int64_t at = w.position - back;
+      const bool ends = back >= in.window - 1 || at <= 0 ||
+                        !(to_float(recent[at % cache.recent_tokens * 2 * D + D - 1]) > in.offset);
+      const uint32_t votes = __ballot_sync(~0u, ends);
+      if (votes) {
+        fresh.open = min(base + __ffs(votes) - 1, in.window - 1);
+        break;
+      }
+    }
+  }
+  return fresh;
+}
+
+// Merge the new tokens: rotated keys become rows [0, 16), values rows [16, 32). The first `tile` of a head's queries also
+// takes them into the cache.
+template <class T, class S, int D, Pairing kPairing>
+__device__ void merge_new(const PagedAttention& p, const Work& w, const New& fresh, const Rows<T, D>& rows, bool keeps) {
+  const NewTokens& in = p.in;
+  const PagedLayer& cache = p.cache;
+  const int lane = threadIdx.x % 32, tokens = in.shape.tokens;
+  constexpr int kParts = 32 / kLanes<D>;  // rows that a warp holds at once
+  const LanePairs<D, kPairing> pairs(in.rotary, lane % kLanes<D> * 4);
+  const int64_t state = w.kv_row + (in.window ? 0 : cache.steps[w.slot] % 2 * cache.state_stride);
+  const int64_t next_state = w.kv_row + (in.window ? 0 : (1 - cache.steps[w.slot] % 2) * cache.state_stride);
+  T* const recent = static_cast<T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
+  float* const recent_weights = cache.recent_weights + w.kv_row * cache.recent_tokens;
+#pragma unroll
+  for (int pass = 0; pass < (kParts == 1 ? 2 : 1); ++pass) {
+    const int part = kParts == 1 ? pass : lane / kLanes<D>;  // keys, then values
+    const bool takes_part = part < 2 && pairs.exist();
+    const T* const source = part == 0 ? static_cast<const T*>(in.key) + w.batch * in.key_stride.batch + w.kv_head * in.key_stride.head
+                                      : static_cast<const T*>(in.value) + w.batch * in.value_stride.batch + w.kv_head * in.value_stride.head;
+    const int64_t stride = part == 0 ? in.key_stride.token : in.value_stride.token;
+    PairValues sum = {};
+    float total = 0.f;
+    int entry = w.length - 1;
+    const auto add = [&](const PairValues& x, float weight) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum.first[i] += weight * x.first[i];
+        sum.second[i] += weight * x.second[i];
+      }
+      total += weight;
+    };
+    if (!in.window && w.merges && takes_part) {
+      const float before = cache.total[state];
+      add(pairs.read(cache.mean + (state * 2 + part) * D), before);
+    }
+    for (int i = 0; i < tokens; ++i) {
+      const bool merges = fresh.merging >> i & 1;
+      entry += !merges;
+      const float weight = __shfl_sync(~0u, fresh.weight, i);
+      const auto pack = takes_part ? pairs.read_pack(source + i * stride) : PairPack<T>{};
+      if (in.window || !merges) sum = {}, total = 0.f;
+      add(pairs.values(pack), weight);
+      if (in.window) {
+        int back = 1;
+        for (int left = in.window - 1, j = i; left > 0 && j > 0 && (fresh.merging >> j & 1); --left, --j, ++back) {
+          const float other = __shfl_sync(~0u, fresh.weight, j - 1);
+          if (takes_part) add(pairs.read(source + (j - 1) * stride), other);
+        }
+        // back == i + 1: all of the new tokens up to here belong to the segment that was open.
+        const int older = back == i + 1 && (fresh.merging & 1) ? min(fresh.open, in.window - back) : 0;
+        for (int j = 1; j <= older; ++j) {
+          const int64_t ring = (w.position - j) % cache.recent_tokens;
+          if (takes_part) add(pairs.read(recent + (ring * 2 + part) * D), recent_weights[ring]);
+        }
+      }
+      if (!takes_part) continue;
+      PairValues mean;
+      const float inverse = 1.f / total;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) mean.first[k] = sum.first[k] * inverse, mean.second[k] = sum.second[k] * inverse;
+      if (keeps && !in.window && i + 1 == tokens) {
+        pairs.write(cache.mean + (next_state * 2 + part) * D, mean);
+        if (part == 0 && pairs.have_last()) cache.total[next_state] = total;
+      }
+      if (keeps && in.window) {  // the ring has room for a step's tokens beside those that a window reaches
+        const int64_t ring = (w.position + i) % cache.recent_tokens;
+        pairs.write_pack(recent + (ring * 2 + part) * D, pack);
+        if (part == 0 && pairs.have_last()) recent_weights[ring] = weight;
+      }
+      if (part == 0) {
+        Rotation rotation;
+        rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, int(w.position) + i, 0));
+        mean = rotation.apply(mean, pairs.have_last());
+      }
+      pairs.write_pack([&](int channel) { return rows.at(part * kRows + i, channel); }, pairs.template pack<T>(mean));
+      if (keeps && (fresh.surviving >> i & 1))
+        write_entry<S, D>(cache, entry_row(w.table, entry) + part * kPageEntries, pairs, mean);
+    }
+  }
+}
+
+template <class T, class S, int D>
+__global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_constant__ PagedAttention p) {
+  using Memory = PagedMemory<T, S, D>;
+  using Stage = typename Memory::Stage;
+  const NewTokens& in = p.in;
+  const auto [tokens, sequences, heads, kv_heads, channels, group] = in.shape;
+  const int lane = threadIdx.x, worker = blockIdx.x, tile = blockIdx.y, all_heads = sequences * kv_heads;
+  const int first_row = tile * kRows, tiles = gridDim.y, rows = min(kRows, tokens * group - first_row);
   if (!*in.ok) return;
 
   extern __shared__ __align__(16) char memory[];
-  const Rows<T, D> queries{reinterpret_cast<T*>(memory)};
-  const Rows<T, D> new_keys{reinterpret_cast<T*>(memory + Memory::kQueryBytes)}, new_values{new_keys.at(kRows)};
-  float* const merged = reinterpret_cast<float*>(memory + Memory::kQueryBytes + Memory::kNewBytes);  // [2][kMaxNewTokens][D]
-  char* const page_memory = memory + Memory::kQueryBytes + Memory::kNewBytes + Memory::kMergedBytes;
-  const Rows<T, D> stages{reinterpret_cast<T*>(page_memory + warp * Memory::kStages * Memory::kPageBytes)};
-  float* const combined = reinterpret_cast<float*>(page_memory);  // [kWarps][kRows][D + 2], once pages are done with
+  const Rows<T, D> queries{reinterpret_cast<T*>(memory)}, new_rows{queries.at(kRows)};
+  char* const ready = memory + Memory::kQueryBytes + Memory::kNewBytes;
+  char* const stages = ready + Stage::kReadyBytes;
 
-  const int units = p.first_unit[total_heads], share = (units + p.workers - 1) / p.workers;
-  const int end = min(units, (worker + 1) * share);
-  int unit = worker * share, head = unit < end ? p.first_head[worker] : 0;
-  for (; unit < end; ++head) {
-    const int head_start = p.first_unit[head], head_end = p.first_unit[head + 1];
-    const int from = unit - head_start, to = min(end, head_end) - head_start, pages = head_end - head_start - 1;
-    unit = head_start + to;
-    const bool has_new = to > pages, whole = from == 0 && has_new;
-    const int batch = head / kv_heads, kv_head = head % kv_heads;
-    const int64_t slot = in.slots[batch];
-    const int64_t kv_row = slot < 0 ? 0 : slot * kv_heads + kv_head;
-    const auto query_at = [&](int row) {  // of token row / group
-      return static_cast<const T*>(in.query) + row / group * in.query_stride.token + batch * in.query_stride.batch +
-             int64_t(kv_head * group + row % group) * in.query_stride.head;
-    };
-    const auto output_at = [&](int row) {
-      return static_cast<T*>(in.output) + row / group * in.output_stride.token + batch * in.output_stride.batch +
-             int64_t(kv_head * group + row % group) * in.output_stride.head;
+  const int units = p.first_unit[all_heads], share = (units + p.workers - 1) / p.workers;
+  const int begin = worker * share, end = min(units, begin + share);
+  if (begin >= end) return;
+  const int first_head = p.first_head[worker];
+
+  // Copies, kStages - 1 units ahead.
+  Work copied = work_of<T>(p, first_head, begin, end);
+  int copied_unit = copied.from, copies = 0;
+  const auto copy_next = [&] {
+    while (copied_unit >= copied.entries_end() && p.first_unit[copied.head + 1] < end) {
+      copied = work_of<T>(p, copied.head + 1, begin, end);
+      copied_unit = copied.from;
+    }
+    if (copied_unit < copied.entries_end())
+      Stage::copy(stages + copies % Memory::kStages * Stage::kStageBytes, p.cache, copied.table, copied_unit * kUnitEntries,
+                  copied.closed, lane);
+    end_of_copies();
+    ++copied_unit;
+    ++copies;
+  };
+#pragma unroll
+  for (int i = 0; i < Memory::kStages - 1; ++i) copy_next();
+  int done = 0;  // units with entries
+
+  // Queries and values of no token: what is in memory may be NaN.
+  for (int i = lane; i < kRows * D; i += 32) {
+    *queries.at(i / D, i % D) = from_float<T>(0.f);
+    *new_rows.at(kRows + i / D, i % D) = from_float<T>(0.f);
+  }
+
+  for (int head = first_head; head < all_heads && p.first_unit[head] < end; ++head) {
+    const Work w = work_of<T>(p, head, begin, end);
+    const auto output_at = [&](int row) {  // of token row / group
+      row += first_row;
+      return static_cast<T*>(in.output) + row / group * in.output_stride.token + w.batch * in.output_stride.batch +
+             int64_t(w.kv_head * group + row % group) * in.output_stride.head;
     };
     const auto alpha_at = [&](int token) {
-      return in.alpha + token * in.alpha_stride.token + batch * in.alpha_stride.batch + kv_head * in.alpha_stride.head;
+      return in.alpha + token * in.alpha_stride.token + w.batch * in.alpha_stride.batch + w.kv_head * in.alpha_stride.head;
     };
-    if (slot < 0) {  // nobody's place: it has this one unit
-      for (int i = thread; i < kRows * D; i += kPagedThreads)
-        if (first_row + i / D < all_rows) output_at(first_row + i / D)[i % D] = from_float<T>(0.f);
-      if (tile == 0 && thread < new_tokens) *alpha_at(thread) = 0.f;
-      if (tile == 0 && thread == 0) in.new_lengths[head] = 0;
+    if (w.nobody()) {  // it has this one unit
+      for (int i = lane; i < rows * D; i += 32) output_at(i / D)[i % D] = from_float<T>(0.f);
+      if (tile == 0 && lane < tokens) *alpha_at(lane) = 0.f;
+      if (tile == 0 && lane == 0) in.new_lengths[head] = 0;
       continue;
     }
-    const int64_t position = cache.tokens[slot];
-    const int length = cache.lengths[kv_row];
-    const T* const key = static_cast<const T*>(in.key) + batch * in.key_stride.batch + kv_head * in.key_stride.head;
-    const T* const value = static_cast<const T*>(in.value) + batch * in.value_stride.batch + kv_head * in.value_stride.head;
-    const auto merges = [&](int i) {  // new token i
-      return position + i > 0 && to_float(key[i * in.key_stride.token + D - 1]) > in.offset;
-    };
-    const int closed = length - merges(0);
-    const int* const table = cache.table + kv_row * cache.max_pages;
-    T* const pool = static_cast<T*>(cache.pages);
-    const auto page_at = [&](int index) { return pool + int64_t(table[index]) * Memory::kPageRows * D; };
-
-    __syncthreads();  // what the head before left in shared memory is done with
-    const int pages_end = min(to, pages);
-    int copied = from + warp;
-    const auto copy_page = [&](int stage) {
-      if (copied < pages_end) {
-        const T* const page = page_at(copied);
-#pragma unroll
-        for (int i = 0; i < Memory::kPageRows * D / 8 / 32; ++i) {
-          const int piece = i * 32 + lane, row = piece / (D / 8), channel = piece % (D / 8) * 8;
-          // Values that nobody sees must be 0 and not whatever was there: 0 times that might be NaN.
-          const bool exists = copied * kPageEntries + row % kPageEntries < closed;
-          copy_16_bytes(shared_address(stages.at(stage * Memory::kPageRows + row, channel)), page + row * D + channel, exists);
-        }
-      }
-      end_of_copies();
-      copied += kWarps;
-    };
-#pragma unroll
-    for (int i = 0; i < Memory::kStages - 1; ++i) copy_page(i);
-
+    __syncwarp();  // the queries of the head before are done with
     rotate_rows<T, D>(
-        in.rotary, queries, kRows, kPagedThreads,
-        [&](int row) { return first_row + row < all_rows ? query_at(first_row + row) : nullptr; },
-        [&](int row) { return int(position) + (first_row + row) / group; });
-    const auto weight_of = [&](int i) {  // new token i's importance
-      return importance(query_at(i * group), in.query_stride.head, group, D - 1, in.offset);
-    };
-
-    uint32_t survivors = 0;  // new tokens whose entry the next one does not merge into
-    if (has_new) {
-      T* const recent = static_cast<T*>(cache.recent) + kv_row * cache.recent_tokens * 2 * D;
-      float* const recent_weights = cache.recent_weights + kv_row * cache.recent_tokens;
-      const int buffer = in.window ? 0 : cache.steps[slot] % 2;
-      for (int i = 0; i < new_tokens; ++i)
-        if (i + 1 == new_tokens || !merges(i + 1)) survivors |= 1u << i;
-      for (int c = thread; c < 2 * D; c += kPagedThreads) {
-        const T* const source = c < D ? key + c : value + c - D;
-        const int64_t stride = c < D ? in.key_stride.token : in.value_stride.token;
-        float* const result = merged + c / D * kMaxNewTokens * D + c % D;
-        float mean = 0.f, total = 0.f;
-        if (!in.window) {
-          const int64_t state = buffer * cache.state_stride + kv_row;
-          mean = cache.mean[state * 2 * D + c];
-          total = cache.total[state];
-        }
-        for (int i = 0; i < new_tokens; ++i) {
-          if (!in.window) {
-            if (!merges(i)) mean = total = 0.f;
-            const float weight = weight_of(i);
-            mean = (mean * total + weight * to_float(source[i * stride])) / (total + weight);
-            total += weight;
-          } else {
-            float sum = 0.f, weights = 0.f;
-            for (int back = 0; back < in.window; ++back) {  // token i - back, new or recent
-              const int64_t at = position + i - back;
-              const int64_t ring = at % cache.recent_tokens;
-              const bool is_new = back <= i;
-              const float weight = is_new ? weight_of(i - back) : recent_weights[ring];
-              sum += weight * to_float(is_new ? source[(i - back) * stride] : recent[ring * 2 * D + c]);
-              weights += weight;
-              const float decides = to_float(is_new ? key[(i - back) * in.key_stride.token + D - 1] : recent[ring * 2 * D + D - 1]);
-              if (at == 0 || !(decides > in.offset)) break;
-            }
-            mean = sum / weights;
-          }
-          result[i * D] = mean;
-        }
-        if (!in.window && tile == 0) {
-          const int64_t state = (1 - buffer) * cache.state_stride + kv_row;
-          cache.mean[state * 2 * D + c] = mean;
-          if (c == 0) cache.total[state] = total;
-        }
-        if (in.window && tile == 0) {  // the ring has room for a step's tokens beside those that a window reaches
-          for (int i = 0; i < new_tokens; ++i) {
-            const int64_t ring = (position + i) % cache.recent_tokens;
-            recent[ring * 2 * D + c] = source[i * stride];
-            if (c == 0) recent_weights[ring] = weight_of(i);
-          }
-        }
-      }
-      __syncthreads();
-      for (int i = thread; i < kRows * D / 2; i += kPagedThreads) {
-        const int row = i / (D / 2), pair = i % (D / 2);
-        const int2 at = channels_of<D>(in.rotary, pair);
-        float2 k = make_float2(0.f, 0.f), v = k;
-        if (row < new_tokens) {
-          const float *from_key = merged + row * D, *from_value = merged + (kMaxNewTokens + row) * D;
-          k = rotate_pair<D>(in.rotary, pair, at, position + row, from_key[at.x], from_key[at.y]);
-          v = make_float2(from_value[at.x], from_value[at.y]);
-        }
-        *new_keys.at(row, at.x) = from_float<T>(k.x);
-        *new_keys.at(row, at.y) = from_float<T>(k.y);
-        *new_values.at(row, at.x) = from_float<T>(v.x);
-        *new_values.at(row, at.y) = from_float<T>(v.y);
-      }
-    }
-    __syncthreads();
+        in.rotary, queries, rows, 32,
+        [&](int row) {
+          row += first_row;
+          return static_cast<const T*>(in.query) + row / group * in.query_stride.token + w.batch * in.query_stride.batch +
+                 int64_t(w.kv_head * group + row % group) * in.query_stride.head;
+        },
+        [&](int row) { return int(w.position) + (first_row + row) / group; });
+    __syncwarp();
 
     Sums<D> sums;
     const float scale = in.scale * kLog2E;
-    const auto attend = [&](const Rows<T, D>& rows, int first_key, int first_value, auto sees) {
+    const auto attend = [&](const Rows<T, D>& entries, auto sees) {
       float scores[1][2][4] = {};
 #pragma unroll
       for (int c = 0; c < D; c += 16) {
         uint32_t left[1][4], right[1][4];
         queries.left(left, 0, c);
-        rows.right_transposed(right, first_key, c);
+        entries.right_transposed(right, 0, c);
         multiply_add_tiles<T>(scores[0], left, right);
       }
 #pragma unroll
@@ -226,117 +270,118 @@ __global__ void __launch_bounds__(kPagedThreads, D <= 128 ? 2 : 1) paged_attenti
 #pragma unroll
       for (int c = 0; c < D / 16; ++c) {
         uint32_t right[1][4];
-        rows.right(right, first_value, c * 16);
+        entries.right(right, kRows, c * 16);
         multiply_add_tiles<T>(sums.value[c], weights[0], right);
       }
     };
-    for (int page = from + warp, stage = 0; page < pages_end; page += kWarps, stage = (stage + 1) % Memory::kStages) {
+    for (int unit = w.from; unit < w.entries_end(); ++unit) {
       wait_for_own_copies<Memory::kStages - 2>();
-      copy_page((stage + Memory::kStages - 1) % Memory::kStages);
-      const int first_key = stage * Memory::kPageRows;
-      attend(stages, first_key, first_key + kPageEntries,
-             [&](int, int column) { return page * kPageEntries + column < closed; });
+      copy_next();
+      char* const stage = stages + done++ % Memory::kStages * Stage::kStageBytes;
+      const int first = unit * kUnitEntries;
+      const Rows<T, D> entries = Stage::rows(stage, ready, first, w.closed, lane);
+      if (Stage::kScaled) __syncwarp();
+      if (first + kUnitEntries <= w.closed)
+        attend(entries, [](int, int) { return true; });
+      else
+        attend(entries, [&](int, int column) { return first + column < w.closed; });
     }
-    if (has_new && warp == 0) {  // values of the new tokens lie behind their keys
-      attend(new_keys, 0, kRows, [&](int row, int column) {
+    if (w.has_new()) {
+      const New fresh = decide<T, D>(p, w);
+      switch (pairing_of(in.rotary)) {
+        case Pairing::kHalves: merge_new<T, S, D, Pairing::kHalves>(p, w, fresh, new_rows, tile == 0); break;
+        case Pairing::kInterleaved: merge_new<T, S, D, Pairing::kInterleaved>(p, w, fresh, new_rows, tile == 0); break;
+        default: merge_new<T, S, D, Pairing::kAny>(p, w, fresh, new_rows, tile == 0);
+      }
+      __syncwarp();
+      attend(new_rows, [&](int row, int column) {
         const int token = (first_row + row) / group;
-        return column == token || (column < token && (survivors >> column & 1));
+        return column == token || (column < token && (fresh.surviving >> column & 1));
       });
-    }
-    if (has_new && tile == 0) {  // into the cache
-      int entry = length - 1;
-      for (int i = 0; i < new_tokens; ++i) {
-        const bool merging = merges(i);
-        entry += !merging;
-        if (thread == 0) *alpha_at(i) = merging;
-        if (!(survivors >> i & 1)) continue;
-        T* const row = page_at(entry / kPageEntries) + entry % kPageEntries * D;
-        for (int c = thread; c < D; c += kPagedThreads) {
-          row[c] = *new_keys.at(i, c);
-          row[kPageEntries * D + c] = *new_values.at(i, c);
-        }
+      if (tile == 0) {
+        if (lane < tokens) *alpha_at(lane) = fresh.merging >> lane & 1;
+        if (lane == 0) in.new_lengths[head] = w.length + tokens - __popc(fresh.merging);
       }
-      if (thread == 0) in.new_lengths[head] = entry + 1;
     }
 
-    // Four warps' sums become one.
-    wait_for_copies<0>();  // and the pages are done with
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = tile_row(i);
-      float* const to_row = combined + (warp * kRows + row) * (D + 2);
-      const float weight = sums.total(i);
-      if (lane % 4 == 0) to_row[D] = sums.highest[i], to_row[D + 1] = weight;
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          to_row[c * 16 + half * 8 + lane % 4 * 2] = sums.value[c][half][2 * i];
-          to_row[c * 16 + half * 8 + lane % 4 * 2 + 1] = sums.value[c][half][2 * i + 1];
-        }
-      }
-    }
-    __syncthreads();
-
-    // The weighted mean of `count` sums [kRows][D + 2], found by `sum_at`.
-    const auto write_mean = [&](int count, auto sum_at) {
-      for (int i = thread; i < kRows * D; i += kPagedThreads) {
-        const int row = i / D, c = i % D;
-        if (first_row + row >= all_rows) continue;
-        float top = -INFINITY, mean = 0.f, weight = 0.f;
-        for (int n = 0; n < count; ++n) top = fmaxf(top, sum_at(n)[row * (D + 2) + D]);
-        for (int n = 0; n < count; ++n) {
-          const float* const sum = sum_at(n) + row * (D + 2);
-          const float factor = exp2f(sum[D] - top);
-          mean += factor * sum[c];
-          weight += factor * sum[D + 1];
-        }
-        output_at(first_row + row)[c] = from_float<T>(mean / weight);
-      }
-    };
-    if (whole) {
-      write_mean(kWarps, [&](int n) { return combined + n * kRows * (D + 2); });
-      continue;
-    }
+    const bool whole = w.from == 0 && w.has_new();
     // A worker has at most two heads that it shares: the one that it begins with, and the one that it ends with.
+    const int head_start = p.first_unit[head];
     const auto partial_at = [&](int worker) {
       const int place = head_start <= worker * share ? 0 : 1;
       return p.partial + ((int64_t(worker) * 2 + place) * tiles + tile) * kRows * (D + 2);
     };
-    float* const mine = partial_at(worker);
-    for (int i = thread; i < kRows * (D + 2); i += kPagedThreads) {
-      const int row = i / (D + 2), c = i % (D + 2);
-      float top = -INFINITY, sum = 0.f;
-      for (int n = 0; n < kWarps; ++n) top = fmaxf(top, combined[(n * kRows + row) * (D + 2) + D]);
-      const float base = top == -INFINITY ? 0.f : top;
-      for (int n = 0; n < kWarps; ++n) {
-        const float* const from_row = combined + (n * kRows + row) * (D + 2);
-        sum += exp2f(from_row[D] - base) * from_row[c];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = tile_row(i);
+      const float weight = sums.total(i);
+      if (row >= rows) continue;
+      if (whole) {
+#pragma unroll
+        for (int c = 0; c < D / 16; ++c) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<uint32_t*>(output_at(row) + c * 16 + half * 8 + lane % 4 * 2) =
+                pack_two<T>(sums.value[c][half][2 * i] / weight, sums.value[c][half][2 * i + 1] / weight);
+        }
+        continue;
       }
-      mine[i] = c == D ? top : sum;
+      float* const to = partial_at(worker) + row * (D + 2);
+      if (lane % 4 == 0) *reinterpret_cast<float2*>(to + D) = make_float2(sums.highest[i], weight);
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<float2*>(to + c * 16 + half * 8 + lane % 4 * 2) =
+              make_float2(sums.value[c][half][2 * i], sums.value[c][half][2 * i + 1]);
+      }
     }
+    if (whole) continue;
     __threadfence();
-    __syncthreads();
-    const int first_worker = head_start / share, parts = (head_end - 1) / share - first_worker + 1;
+    __syncwarp();
+    const int first_worker = head_start / share, parts = (head_start + w.units - 1) / share - first_worker + 1;
     int* const arrived = p.arrived + int64_t(head) * tiles + tile;
-    if (thread == 0) *reinterpret_cast<int*>(merged) = atomicAdd(arrived, 1) + 1 == parts;
-    __syncthreads();
-    const bool last = *reinterpret_cast<const int*>(merged);
-    if (!last) continue;
+    int last = 0;
+    if (lane == 0) last = atomicAdd(arrived, 1) + 1 == parts;
+    if (!__shfl_sync(~0u, last, 0)) continue;
     __threadfence();
-    write_mean(parts, [&](int n) { return partial_at(first_worker + n); });
-    if (thread == 0) *arrived = 0;  // for the next launch
+    for (int row = 0; row < rows; ++row) {
+      float top = -INFINITY, weight = 0.f, mean[D / 32] = {};
+      for (int n = first_worker; n < first_worker + parts; ++n) top = fmaxf(top, partial_at(n)[row * (D + 2) + D]);
+      for (int n = first_worker; n < first_worker + parts; ++n) {
+        const float* const sum = partial_at(n) + row * (D + 2);
+        const float factor = exp2f(sum[D] - top);
+        weight += factor * sum[D + 1];
+#pragma unroll
+        for (int c = 0; c < D / 32; ++c) mean[c] += factor * sum[c * 32 + lane];
+      }
+#pragma unroll
+      for (int c = 0; c < D / 32; ++c) output_at(row)[c * 32 + lane] = from_float<T>(mean[c] / weight);
+    }
+    if (lane == 0) *arrived = 0;  // for the next launch
   }
+  wait_for_own_copies<0>();
 }
 
-template <class T, int D>
+template <class T, class S, int D>
 cudaError_t launch(const PagedAttention& p, cudaStream_t stream) {
-  constexpr int bytes = PagedMemory<T, D>::kBytes;
-  if (auto error = cudaFuncSetAttribute(paged_attention_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+  constexpr int bytes = PagedMemory<T, S, D>::kBytes;
+  if (auto error = cudaFuncSetAttribute(paged_attention_kernel<T, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
   const dim3 grid(p.workers, (p.in.shape.tokens * p.in.shape.group + kRows - 1) / kRows);
-  paged_attention_kernel<T, D><<<grid, kPagedThreads, bytes, stream>>>(p);
+  paged_attention_kernel<T, S, D><<<grid, 32, bytes, stream>>>(p);
   return cudaGetLastError();
+}
+
+template <class T, class S, int D>
+int workers() {
+  constexpr int bytes = PagedMemory<T, S, D>::kBytes;
+  int device = 0, processors = 0, blocks = 0;
+  if (cudaFuncSetAttribute(paged_attention_kernel<T, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ||
+      cudaGetDevice(&device) || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, paged_attention_kernel<T, S, D>, 32, bytes))
+    return 0;
+  return blocks * processors;
 }
 
 }  // namespace
@@ -344,10 +389,19 @@ cudaError_t launch(const PagedAttention& p, cudaStream_t stream) {
 cudaError_t paged_attention(const PagedAttention& p, DType dtype, cudaStream_t stream) {
   return dispatch(dtype, p.in.shape.channels, [&]<class T, int D>() {
     if constexpr (sizeof(T) == 2)
-      return launch<T, D>(p, stream);
+      return p.cache.scales ? launch<T, fp8, D>(p, stream) : launch<T, T, D>(p, stream);
     else
-      return cudaErrorInvalidValue;  // caches hold 16-bit numbers
+      return cudaErrorInvalidValue;  // caches hold 16-bit numbers, or 8-bit ones
   });
+}
+
+int paged_workers(DType dtype, int channels, bool scaled) {
+  int found = 0;
+  const auto error = dispatch(dtype, channels, [&]<class T, int D>() {
+    if constexpr (sizeof(T) == 2) found = scaled ? workers<T, fp8, D>() : workers<T, T, D>();
+    return cudaSuccess;
+  });
+  return error ? 0 : found;
 }
 
 }  // namespace dmc

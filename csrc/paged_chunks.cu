@@ -163,15 +163,25 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     const bool survives = i + 1 == count || !merges(i + 1);
     const int64_t index = first_index + int64_t(i) * kv_heads;
     const int at = entry[int64_t(i) * kv_heads];
-    T* const to = survives ? static_cast<T*>(cache.pages) +
-                                 (int64_t(table[at / kPageEntries]) * 2 * kPageEntries + at % kPageEntries) * D
-                           : static_cast<T*>(p.own) + index * 2 * D;
     const PairValues mean_key = SegmentSums::scaled(sums.key, 1.f / sums.total);
     const PairValues mean_value = SegmentSums::scaled(sums.value, 1.f / sums.total);
     Rotation rotation;
     rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, int(position) + i, 0));
-    pairs.write(to, rotation.apply(mean_key, pairs.have_last()));
-    pairs.write(to + (survives ? kPageEntries * D : D), mean_value);
+    const PairValues rotated = rotation.apply(mean_key, pairs.have_last());
+    if (survives) {
+      const int64_t row = entry_row(table, at);
+      if (cache.scales) {
+        write_entry<fp8, D>(cache, row, pairs, rotated);
+        write_entry<fp8, D>(cache, row + kPageEntries, pairs, mean_value);
+      } else {
+        write_entry<T, D>(cache, row, pairs, rotated);
+        write_entry<T, D>(cache, row + kPageEntries, pairs, mean_value);
+      }
+    }
+    if (!survives || cache.scales) {  // a token's own entry is never rounded to 8 bits
+      pairs.write(static_cast<T*>(p.own) + index * 2 * D, rotated);
+      pairs.write(static_cast<T*>(p.own) + (index * 2 + 1) * D, mean_value);
+    }
 
     const int back = count - 1 - i;
     if (back < in.window - 1) {
@@ -192,18 +202,20 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
 
 constexpr int kAttendWarps = 4, kAttendThreads = 32 * kAttendWarps;
 
-template <class T, int D>
+template <class T, class S, int D>
 struct AttendMemory {
-  static constexpr int kTiles = D <= 128 ? 2 : 1;                // of 16 queries, of one warp
+  static constexpr int kTiles = D <= 128 ? 2 : 1;  // of 16 queries, of one warp
   static constexpr int kQueries = kAttendWarps * kTiles * 16;
-  static constexpr int kKeys = 2 * kPageEntries;                 // at once
+  static constexpr int kKeys = 32;  // at once
   static constexpr int kStages = D <= 128 ? 3 : 2;
-  static constexpr int kBytes = Rows<T, D>::bytes(kQueries + kStages * 2 * kKeys);
+  using Stage = Staging<T, S, D, kKeys, kAttendThreads>;
+  static constexpr int kBytes = Rows<T, D>::bytes(kQueries) + Stage::kReadyBytes + kStages * Stage::kStageBytes;
 };
 
-template <class T, int D>
+template <class T, class S, int D>
 __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_constant__ PagedChunks p) {
-  using Memory = AttendMemory<T, D>;
+  using Memory = AttendMemory<T, S, D>;
+  using Stage = typename Memory::Stage;
   constexpr int kTiles = Memory::kTiles, kKeys = Memory::kKeys, kStages = Memory::kStages;
   const NewTokens& in = p.in;
   const PagedLayer& cache = p.cache;
@@ -214,30 +226,18 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
   if (!*in.ok || first_row >= all_rows) return;
 
   extern __shared__ __align__(16) char memory[];
-  const Rows<T, D> queries{reinterpret_cast<T*>(memory)}, pages{queries.at(Memory::kQueries)};
+  const Rows<T, D> queries{reinterpret_cast<T*>(memory)};
+  char* const ready = memory + Rows<T, D>::bytes(Memory::kQueries);
+  char* const stages = ready + Stage::kReadyBytes;
   const int64_t slot = in.slots[chunk], kv_row = slot * kv_heads + kv_head, position = cache.tokens[slot];
   const int* const table = cache.table + kv_row * cache.max_pages;
-  const T* const pool = static_cast<const T*>(cache.pages);
   const auto token_of = [&](int row) { return min(row / group, count - 1); };
   const auto index_of = [&](int token) { return int64_t(first + token) * kv_heads + kv_head; };
   // A query sees the entries before its token's own.
   const int sees = p.entry[index_of(token_of(first_row + Memory::kQueries - 1))], steps = (sees + kKeys - 1) / kKeys;
 
   const auto copy_step = [&](int step) {
-    if (step < steps) {
-      constexpr int kPieces = D / 8, kAll = 2 * kKeys * kPieces;
-#pragma unroll
-      for (int i = 0; i < (kAll + kAttendThreads - 1) / kAttendThreads; ++i) {
-        const int piece = i * kAttendThreads + thread, row = piece / kPieces, channel = piece % kPieces * 8;
-        if (kAll % kAttendThreads && piece >= kAll) break;
-        const int key = step * kKeys + row % kKeys;
-        const bool exists = key < sees;  // values that nobody sees must be 0: 0 times whatever was there might be NaN
-        const int64_t page = exists ? table[key / kPageEntries] : 0;
-        copy_16_bytes(
-            shared_address(pages.at(step % kStages * 2 * kKeys + row, channel)),
-            pool + ((page * 2 + row / kKeys) * kPageEntries + key % kPageEntries) * D + channel, exists);
-      }
-    }
+    if (step < steps) Stage::copy(stages + step % kStages * Stage::kStageBytes, cache, table, step * kKeys, sees, thread);
     end_of_copies();
   };
 #pragma unroll
@@ -265,10 +265,10 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
       const int row = warp_row + m * 16 + tile_row(i), token = token_of(first_row + row);
       const int64_t index = index_of(token);
       const int entry = limits[m][i] = p.entry[index];
-      const bool survives = token + 1 == count || p.entry[index + kv_heads] != entry;
-      const T* const own = survives ? pool + (int64_t(table[entry / kPageEntries]) * 2 * kPageEntries + entry % kPageEntries) * D
-                                    : static_cast<const T*>(p.own) + index * 2 * D;
-      const T* const own_value = own + (survives ? kPageEntries * D : D);
+      const bool in_page = !Stage::kScaled && (token + 1 == count || p.entry[index + kv_heads] != entry);
+      const T* const own = in_page ? static_cast<const T*>(cache.pages) + entry_row(table, entry) * D
+                                   : static_cast<const T*>(p.own) + index * 2 * D;
+      const T* const own_value = own + (in_page ? kPageEntries * D : D);
       float score = 0.f;
 #pragma unroll
       for (int c = 0; c < D / 8; ++c) {
@@ -291,8 +291,9 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     copy_step(step + kStages - 1);
+    const Rows<T, D> entries = Stage::rows(stages + step % kStages * Stage::kStageBytes, ready, step * kKeys, sees, thread);
+    if (Stage::kScaled) __syncthreads();
     if (step * kKeys >= warp_sees) continue;
-    const int keys = step % kStages * 2 * kKeys, values = keys + kKeys;
     float scores[kTiles][kKeys / 16][2][4] = {};
 #pragma unroll
     for (int c = 0; c < D; c += 16) {
@@ -302,7 +303,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t right[1][4];
-        pages.right_transposed(right, keys + n * 16, c);
+        entries.right_transposed(right, n * 16, c);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) multiply_add_tiles<T>(scores[m][n], left[m], right);
       }
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         uint32_t right[1][4];
-        pages.right(right, values + n * 16, c * 16);
+        entries.right(right, kKeys + n * 16, c * 16);
 #pragma unroll
         for (int m = 0; m < kTiles; ++m) multiply_add_tiles<T>(sums[m].value[c], weights[m][n], right);
       }
@@ -350,17 +351,20 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
 
 template <class T, int D, Pairing kPairing>
 cudaError_t launch(const PagedChunks& p, cudaStream_t stream) {
-  using Memory = AttendMemory<T, D>;
   const Shape& shape = p.in.shape;
   const auto blocks = [&](int kinds) { return dim3(shape.kv_heads, shape.batch, kinds); };
   constexpr int kDecideBytes = 4 * kDecideThreads / 32, kMerged = kMergeThreads / kLanes<D> * kRun;
   decide_kernel<T><<<blocks(1), kDecideThreads, kDecideBytes, stream>>>(p);
   merge_kernel<T, D, kPairing><<<blocks((p.longest + kMerged - 1) / kMerged), kMergeThreads, 0, stream>>>(p);
-  if (auto error = cudaFuncSetAttribute(attend_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory::kBytes))
-    return error;
-  const int tiles = (p.longest * shape.group + Memory::kQueries - 1) / Memory::kQueries;
-  attend_kernel<T, D><<<blocks(tiles), kAttendThreads, Memory::kBytes, stream>>>(p);
-  return cudaGetLastError();
+  const auto attend = [&]<class S>() -> cudaError_t {
+    using Memory = AttendMemory<T, S, D>;
+    if (auto error = cudaFuncSetAttribute(attend_kernel<T, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory::kBytes))
+      return error;
+    const int tiles = (p.longest * shape.group + Memory::kQueries - 1) / Memory::kQueries;
+    attend_kernel<T, S, D><<<blocks(tiles), kAttendThreads, Memory::kBytes, stream>>>(p);
+    return cudaGetLastError();
+  };
+  return p.cache.scales ? attend.template operator()<fp8>() : attend.template operator()<T>();
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 """The paged KV cache: one pool of small pages for all layers, heads and sequences, kept by the device alone.
 
 Every KV head of every layer and sequence has as many entries as its decisions left, so every one of them takes pages
-of its own, of `PAGE_ENTRIES` entries of one head. A *slot* is a place for one sequence. A step brings a few new tokens
-to each of many sequences (decoding), chunks of any length to others (their prompts), or both, and goes
+of its own, of 16 entries of one head (unless built otherwise). A *slot* is a place for one sequence. A step brings a
+few new tokens to each of many sequences (decoding), chunks of any length to others (their prompts), or both, and goes
 
     step = cache.begin(slots, new_tokens, chunk_slots=…, chunk_lengths=…)
     ...                 # each layer takes pages, writes entries, and lengths into `step.lengths`
@@ -17,18 +17,25 @@ layer, once its decisions are known.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron_dmc.config import DMCError
 
-PAGE_ENTRIES = 16
-"""Entries of a page."""
+UNIT_ENTRIES = 16
+"""Entries that decoding reads at once: the unit in which its work is dealt out."""
 
 MAX_NEW_TOKENS = 8
 """New tokens that a step of decoding may bring to a sequence."""
+
+
+def built_page_entries() -> int:
+    """Entries of a page: what the extension was built with (`MEGATRON_DMC_PAGE_ENTRIES`, 8 to 64), without it 16."""
+    from megatron_dmc.ops.fused import load_extension
+
+    return torch.ops.megatron_dmc.page_entries() if load_extension() is None else 16
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class CacheShape:
         slots: sequences that can be in it at once.
         max_tokens: the longest sequence.
         window: how many tokens a merge reaches back; 0 sets no limit.
+        fp8: whether entries are stored in 8 bits (e4m3), with a float32 scale for every key and every value.
+        page_entries: entries of a page; kernels take those that they were built with.
     """
 
     layers: int
@@ -49,6 +58,8 @@ class CacheShape:
     channels: int
     max_tokens: int
     window: int
+    fp8: bool = False
+    page_entries: int = field(default_factory=built_page_entries)
 
     def __post_init__(self) -> None:
         for name in ("layers", "slots", "heads", "kv_heads", "channels", "max_tokens"):
@@ -58,11 +69,13 @@ class CacheShape:
             raise DMCError(f"heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}")
         if self.window < 0:
             raise DMCError(f"window must be 0 (no limit) or a number of tokens; got {self.window}")
+        if self.page_entries not in (8, 16, 32, 64):
+            raise DMCError(f"page_entries must be 8, 16, 32 or 64; got {self.page_entries}")
 
     @property
     def max_pages(self) -> int:
         """Pages of one head of the longest sequence, none of whose tokens merge."""
-        return -(-self.max_tokens // PAGE_ENTRIES)
+        return -(-self.max_tokens // self.page_entries)
 
     @property
     def recent_tokens(self) -> int:
@@ -70,7 +83,7 @@ class CacheShape:
         return self.window - 1 + MAX_NEW_TOKENS if self.window else 0
 
     def page_bytes(self, dtype: torch.dtype) -> int:
-        return 2 * PAGE_ENTRIES * self.channels * dtype.itemsize
+        return 2 * self.page_entries * (self.channels + 4 if self.fp8 else self.channels * dtype.itemsize)
 
     def fixed_bytes(self, dtype: torch.dtype) -> int:
         """All that is not pages: block tables, lengths, and the state of open segments."""
@@ -169,11 +182,12 @@ class PagedCache:
     Args:
         shape: what the cache is for.
         pages: how many pages the pool has; `pages_in` says how many fit into memory.
-        dtype: of entries.
+        dtype: of the model's keys and values, and of entries unless those are stored in 8 bits.
         device: where all of it lives.
 
     Attributes:
-        pages: `[pages, 2, PAGE_ENTRIES, channels]`, rotated merged keys and merged values.
+        pages: `[pages, 2, page_entries, channels]`, rotated merged keys and merged values.
+        scales: `[pages, 2, page_entries]` float32, what 8-bit entries are multiplied by, else `None`.
         table: `[layers, slots + 1, kv_heads, max_pages]` int32, pages in the order of their entries, -1 where there is
             none. The last slot is nobody's: what a batch's empty places write goes there.
         lengths: `[layers, slots + 1, kv_heads]` int32, entries in use, the open one included.
@@ -204,10 +218,14 @@ class PagedCache:
             )
         self.shape, self.dtype = shape, dtype
         on_gpu = torch.device(device).type == "cuda"
-        self._workers = 2 * torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 6
+        self._workers = self._count_workers() if on_gpu else 6
         layers, slots, heads, channels = shape.layers, shape.slots + 1, shape.kv_heads, shape.channels
         whole = dict(dtype=torch.int32, device=device)
-        self.pages = torch.empty(pages, 2, PAGE_ENTRIES, channels, dtype=dtype, device=device)
+        stored = torch.float8_e4m3fn if shape.fp8 else dtype
+        self.pages = torch.empty(pages, 2, shape.page_entries, channels, dtype=stored, device=device)
+        self.scales = None
+        if shape.fp8:
+            self.scales = torch.empty(pages, 2, shape.page_entries, dtype=torch.float32, device=device)
         self.table = torch.full((layers, slots, heads, shape.max_pages), -1, **whole)
         self.lengths = torch.zeros(layers, slots, heads, **whole)
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -222,6 +240,14 @@ class PagedCache:
             self.mean = torch.zeros(layers, 2, slots, heads, 2, channels, dtype=torch.float32, device=device)
             self.total = torch.zeros(layers, 2, slots, heads, dtype=torch.float32, device=device)
             self.steps = torch.zeros(slots, dtype=torch.int64, device=device)
+
+    def _count_workers(self) -> int:
+        """Warps that decode at once on the current device; where the kernels do not run, any number will do."""
+        from megatron_dmc.ops.fused import load_extension
+
+        if load_extension() is not None:
+            return 1
+        return torch.ops.megatron_dmc.paged_workers(self.dtype, self.shape.channels, self.shape.fp8) or 1
 
     @staticmethod
     def pages_in(
@@ -301,7 +327,7 @@ class PagedCache:
         shape, c = self.shape, len(chunk_slots)
         last = last_weights = None
         if c and shape.window > 1:
-            last = self.pages.new_empty(shape.layers, c, shape.kv_heads, shape.window - 1, 2, shape.channels)
+            last = self.recent.new_empty(shape.layers, c, shape.kv_heads, shape.window - 1, 2, shape.channels)
             last_weights = last.new_empty(last.shape[:4], dtype=torch.float32)
         first_token = [sum(chunk_lengths[:i]) for i in range(c + 1)]
         first_token = self._on_device(first_token).int() if c else nobody.int()
@@ -313,7 +339,7 @@ class PagedCache:
     def _take(self, slots: Tensor, lengths: Tensor, new_tokens: int, ok: Tensor) -> Tensor:
         """A page for every head of `slots` whose next entries may need one; returns whether there were enough."""
         rows = self._rows(slots)
-        last = (lengths.long() + new_tokens - 1).div(PAGE_ENTRIES, rounding_mode="floor")
+        last = (lengths.long() + new_tokens - 1).div(self.shape.page_entries, rounding_mode="floor")
         place = last.clamp(max=self.shape.max_pages - 1)[..., None]
         have = self.table[:, rows].gather(-1, place)[..., 0]
         needs = (have < 0) & (slots >= 0)[:, None]
@@ -330,9 +356,9 @@ class PagedCache:
         return ok
 
     def _plan(self, slots: Tensor, lengths: Tensor, new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Equal shares of each layer's pages for every worker, from lengths `[layers, b, kv_heads]`."""
-        pages = (lengths + PAGE_ENTRIES - 1).div(PAGE_ENTRIES, rounding_mode="floor")
-        units = torch.where((slots >= 0)[:, None], pages + 1, 1).flatten(1)  # a head's last unit is its new tokens
+        """Equal shares of each layer's entries for every worker, from lengths `[layers, b, kv_heads]`."""
+        units = (lengths + UNIT_ENTRIES - 1).div(UNIT_ENTRIES, rounding_mode="floor")
+        units = torch.where((slots >= 0)[:, None], units + 1, 1).flatten(1)  # a head's last unit is its new tokens
         first_unit = torch.nn.functional.pad(units.cumsum(1), (1, 0))
         share = (first_unit[:, -1:] + self._workers - 1).div(self._workers, rounding_mode="floor")
         begins = share * torch.arange(self._workers, device=slots.device)
@@ -358,7 +384,9 @@ class PagedCache:
         if step.chunk_lengths:
             self.dry |= ~step.ok
             rows = self._rows(step.chunk_slots)
-            needed = (self.lengths[:, rows] + PAGE_ENTRIES - 1).div(PAGE_ENTRIES, rounding_mode="floor")
+            needed = (self.lengths[:, rows] + self.shape.page_entries - 1).div(
+                self.shape.page_entries, rounding_mode="floor"
+            )
             beyond = torch.arange(self.shape.max_pages, device=rows.device) >= needed[..., None]
             self._give_back(rows, beyond & (step.chunk_slots >= 0)[:, None, None])
 
@@ -395,13 +423,13 @@ class PagedCache:
     def _take_for_chunk(self, layer: int, slot: int, lengths: Sequence[int]) -> bool:
         """Pages for the heads of a slot to become `lengths` long, if there are enough; the kernels do it themselves."""
         table = self.table[layer, slot]
-        needs = [max(0, -(-n // PAGE_ENTRIES) - int((row >= 0).sum())) for n, row in zip(lengths, table, strict=True)]
+        held = (table >= 0).sum(-1).tolist()
+        needs = [max(0, -(-n // self.shape.page_entries) - have) for n, have in zip(lengths, held, strict=True)]
         if sum(needs) > self._free_count:
             return False
-        for row, n in zip(table, needs, strict=True):
-            held = int((row >= 0).sum())
+        for row, have, n in zip(table, held, needs, strict=True):
             self._free_count -= n
-            row[held : held + n] = self._free[self._free_count : self._free_count + n]
+            row[have : have + n] = self._free[self._free_count : self._free_count + n]
         return True
 
     def positions(self, step: Step) -> Tensor:
@@ -458,7 +486,7 @@ class PagedCache:
             entries=entries,
             pages=len(self.pages),
             pages_free=free,
-            entry_bytes=int(entries.sum()) * page // PAGE_ENTRIES,
+            entry_bytes=int(entries.sum()) * page // self.shape.page_entries,
             page_bytes=(len(self.pages) - free) * page,
             fixed_bytes=self.shape.fixed_bytes(self.dtype),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_dmc.cache import PAGE_ENTRIES, PagedCache
+from megatron_dmc.cache import PagedCache
 from megatron_dmc.checkpoint import LoadedModel
 from megatron_dmc.config import DMCError
 from megatron_dmc.context import PagedContext, cache_shape
@@ -161,7 +161,7 @@ class Generation:
         if gib is not None:
             pages = PagedCache.pages_in(shape, dtype, gib=gib)
         else:
-            most = sorted((-(-(len(p) + max_new_tokens) // PAGE_ENTRIES) for p in prompts), reverse=True)
+            most = sorted((-(-(len(p) + max_new_tokens) // shape.page_entries) for p in prompts), reverse=True)
             pages = sum(most[:slots]) * shape.layers * shape.kv_heads
             if self._on_gpu:
                 pages = min(pages, PagedCache.pages_in(shape, dtype, memory_share=0.9, device=device))
@@ -189,13 +189,13 @@ class Generation:
     def report(self) -> CacheReport:
         """The cache of what has ended so far. Waits for the device."""
         tokens, entries = self._kept.tolist()
-        shape, item = self._cache.shape, self._cache.dtype.itemsize
+        shape = self._cache.shape
         return CacheReport(
             sequences=len(self.ended),
             tokens=tokens,
             heads=shape.layers * shape.kv_heads,
             entries=entries,
-            entry_bytes=entries * 2 * shape.channels * item,
+            entry_bytes=entries * shape.page_bytes(self._cache.dtype) // shape.page_entries,
             state_bytes=shape.layers * shape.kv_heads * shape.state_bytes(self._cache.dtype),
         )
 

@@ -29,8 +29,7 @@ def emulated_kernels(tmp_path_factory):
     """csrc/ compiled for the CPU, once a process: a second copy of an operator is an error."""
     from emulation import build
 
-    build(tmp_path_factory.mktemp("emulation"))
-    return torch.ops.megatron_dmc_emulated
+    return build(tmp_path_factory.mktemp("emulation"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_dmc.cache import MAX_NEW_TOKENS, PAGE_ENTRIES, CacheShape, PagedCache
+from megatron_dmc.cache import MAX_NEW_TOKENS, CacheShape, PagedCache
 from megatron_dmc.config import DMCError
 
 SHAPE = CacheShape(layers=2, slots=5, heads=4, kv_heads=2, channels=4, max_tokens=150, window=12)
@@ -32,7 +32,7 @@ def check(cache):
     assert sorted(free + taken) == list(range(len(cache.pages)))
     held = (table >= 0).sum(-1)
     assert ((table >= 0) == (torch.arange(table.shape[-1]) < held[..., None])).all(), "a gap in a block table"
-    needed = -(-cache.lengths.cpu() // PAGE_ENTRIES)
+    needed = -(-cache.lengths.cpu() // SHAPE.page_entries)
     assert ((held >= needed) & (held <= needed + 1)).all()
     assert (held[:, cache.shape.slots] == 0).all(), "the slot that is nobody's has pages"
 
@@ -126,8 +126,8 @@ def test_statistics():
     assert stats.tokens.tolist() == [4, 0, 4, 0, 0]
     assert stats.ratio.tolist() == [[4.0, 1.0], [2.0, pytest.approx(8 / 6)]]
     assert stats.pages - stats.pages_free == 8
-    assert stats.page_bytes == 8 * PAGE_ENTRIES * 2 * 4 * 4 and stats.entry_bytes == 20 * 2 * 4 * 4
-    assert stats.fragmentation == pytest.approx(1 - 20 / (8 * PAGE_ENTRIES))
+    assert stats.page_bytes == 8 * SHAPE.page_entries * 2 * 4 * 4 and stats.entry_bytes == 20 * 2 * 4 * 4
+    assert stats.fragmentation == pytest.approx(1 - 20 / (8 * SHAPE.page_entries))
     tensors = [x for x in vars(cache).values() if isinstance(x, torch.Tensor)]
     tensors = [x for x in tensors if x is not cache.pages and x is not cache._free and x.dim() > 1]
     assert stats.fixed_bytes == sum(x.nbytes for x in tensors)

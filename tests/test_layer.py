@@ -388,7 +388,7 @@ def test_dynamic_inference_is_refused():
             return False
 
     attention = gpt(config()).decoder.layers[0].self_attention
-    with pytest.raises(DMCError, match="static inference context"):
+    with pytest.raises(DMCError, match="StaticInferenceContext; got Dynamic"):
         attention(torch.zeros(3, 1, 32, device="cuda"), None, inference_context=Dynamic())
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from emulation import cuda_headers
+from emulation import build, cuda_headers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -45,13 +45,14 @@ def compare(kernel, shape, dtype, plan, *, pairs, interleaved, merging, seed, pa
     torch.manual_seed(seed)
     cache = PagedCache(shape, pages or 64 * shape.slots, dtype=dtype, device=DEVICE)
     cache.pages.fill_(float("nan"))  # whoever looks at an entry that nobody wrote, sees it
-    for name in ("recent", "recent_weights", "mean", "total"):
-        if hasattr(cache, name):
+    for name in ("scales", "recent", "recent_weights", "mean", "total"):
+        if getattr(cache, name, None) is not None:
             getattr(cache, name).fill_(float("nan"))
     angles = torch.rand(shape.max_tokens, pairs, device=DEVICE) * 6
     rotary = (angles.cos(), angles.sin()) if pairs else None
     exact = {}
-    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    # 8-bit entries: relative errors of up to 2^-4, on average 2^-5.3, of which softmax and its sums leave this much.
+    rounding = 2.0**-6 if shape.fp8 else {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
     d, g, layer = shape.channels, shape.kv_heads, shape.layers - 1
     for slots, n, chunks in plan:
         total = len(slots) * n + sum(chunks.values())
@@ -133,13 +134,14 @@ def plans(draw):
     turning=st.sampled_from(["all", "half", "odd", "none"]),
     interleaved=st.booleans(),
     merging=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
+    fp8=st.booleans(),
     plan=plans(),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_paged_equals_contiguous(
-    kernels, kernel, heads, channels, dtype, window, turning, interleaved, merging, plan, seed
+    kernels, kernel, heads, channels, dtype, window, turning, interleaved, merging, fp8, plan, seed
 ):
-    shape = CacheShape(2, 3, *heads, channels, 330, window)
+    shape = CacheShape(2, 3, *heads, channels, 330, window, fp8)
     pairs = {"all": channels // 2, "half": channels // 4, "odd": 5, "none": 0}[turning]
     compare(kernel, shape, dtype, plan, pairs=pairs, interleaved=interleaved, merging=merging, seed=seed)
 
@@ -150,6 +152,50 @@ def test_many_pages(kernels, kernel, fresh_seed):
     shape = CacheShape(1, 2, 4, 2, 64, 400, 12)
     plan = [([0], 8, {})] * 12 + [([0, 1], 5, {})] * 3 + [([], 1, {0: 90, 1: 150})] + [([1, -1, 0], 1, {})] * 4
     compare(kernel, shape, torch.bfloat16, plan, pairs=32, interleaved=False, merging=0.3, seed=fresh_seed)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("window", [12, 0, 1, 30])
+def test_chunks_continue_open_segments(kernels, kernel, window, fresh_seed):
+    shape = CacheShape(1, 2, 4, 2, 64, 200, window)
+    plan = [([], 1, {0: 21}), ([], 1, {0: 33, 1: 3}), ([0], 3, {1: 18}), ([], 1, {0: 9, 1: 40}), ([1, 0], 2, {})]
+    for merging in (0.9, 3.0):
+        compare(kernel, shape, torch.bfloat16, plan, pairs=32, interleaved=False, merging=merging, seed=fresh_seed)
+
+
+@pytest.mark.skipif(GPU or not can_emulate, reason="the extension has one page size")
+@pytest.mark.parametrize("page_entries", [8, 32, 64])
+def test_page_sizes(page_entries, tmp_path, monkeypatch, fresh_seed):
+    monkeypatch.setattr(paged, "_kernels", build(tmp_path, page_entries))
+    for fp8, d in ((False, 64), (True, 128)):
+        shape = CacheShape(1, 2, 4, 2, d, 400, 12, fp8, page_entries)
+        plan = [([], 1, {0: 90, 1: 15}), ([1, -1, 0], 7, {}), ([1], 1, {0: 50})]
+        compare("fused", shape, torch.bfloat16, plan, pairs=32, interleaved=False, merging=0.3, seed=fresh_seed)
+
+
+@pytest.mark.skipif(not (GPU or can_emulate), reason="needs a GPU, or g++ and CUDA")
+def test_8_bit_entries_are_what_the_reference_stores(kernels, fresh_seed):
+    """Closer to each other than 8 bits are to what they stand for.
+
+    But for the outputs of a chunk: the kernel reads entries that the chunk itself completed from their pages.
+    """
+    shape = CacheShape(1, 1, 4, 2, 64, 200, 12, True)
+    tokens = torch.randn(3, 100, 4, 64, device=DEVICE).bfloat16()
+    outputs, caches = [], []
+    for kernel in ("fused", "reference"):
+        cache = PagedCache(shape, 20, dtype=torch.bfloat16, device=DEVICE)
+        found = []
+        for slots, n, chunks in [([], 1, {0: 60}), ([0], 8, {}), ([0], 1, {})]:
+            step = begin(cache, slots, n, chunks)
+            query, key, value = tokens[:, : step.tokens].clone()
+            key, value = key[:, :2] * 1, value[:, 2:] * 30
+            key[..., -1] = 5 + tokens[0, : step.tokens, :2, 0].float().bfloat16()
+            found.append(paged.paged_attention(query, key, value, None, cache, 0, step, kernel=kernel)[0])
+            cache.commit(step)
+        outputs.append(torch.cat(found[1:]).double())
+        caches.append(paged._gathered(cache, 0, 0, 69, 5.0).entries.double())
+    assert (outputs[0] - outputs[1]).norm() < 2.0**-7 * outputs[1].norm()
+    assert (caches[0] - caches[1]).norm() < 2.0**-7 * caches[1].norm()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

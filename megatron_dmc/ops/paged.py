@@ -14,7 +14,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from megatron_dmc.cache import PAGE_ENTRIES, PagedCache, Step
+from megatron_dmc.cache import PagedCache, Step
 from megatron_dmc.ops import reference
 from megatron_dmc.ops.fused import _readable, _unsupported
 from megatron_dmc.ops.reference import Rotary
@@ -81,8 +81,8 @@ def paged_attention(
     state = (getattr(cache, name, None) for name in ("recent", "recent_weights", "mean", "total"))
     recent, recent_weights, mean, total = (None if x is None else x[layer] for x in state)
     held = (
-        cache.pages, cache.table[layer], cache.lengths[layer], cache.tokens, recent, recent_weights, mean, total,
-        getattr(cache, "steps", None),
+        cache.pages, cache.scales, cache.table[layer], cache.lengths[layer], cache.tokens,
+        recent, recent_weights, mean, total, getattr(cache, "steps", None),
     )  # fmt: skip
     if n:
         by_token = [_by_sequence(x, n, step.new_tokens) for x in (query, key, value, output, alpha)]
@@ -120,7 +120,7 @@ def _by_sequence(x: Tensor, tokens: int, new_tokens: int) -> Tensor:
 
 
 def _reference(query, key, value, rotary, cache, layer, step, output, alpha, offset, interleaved, scale) -> None:
-    b, n = len(step.slots), step.new_tokens
+    b, n, page = len(step.slots), step.new_tokens, cache.shape.page_entries
     runs = [(slot, i * n, n) for i, slot in enumerate(step.slots.tolist())]
     begins = step.first_token.tolist()
     for i, slot in enumerate(step.chunk_slots.tolist()):
@@ -141,9 +141,14 @@ def _reference(query, key, value, rotary, cache, layer, step, output, alpha, off
             step.ok.fill_(False)
             return
         for head, (old, now) in enumerate(zip(lengths, new_lengths, strict=True)):
-            entries = torch.arange(max(old - 1, 0), now, device=query.device)
-            pages = cache.table[layer, slot, head, entries // PAGE_ENTRIES]
-            cache.pages[pages, :, entries % PAGE_ENTRIES] = contiguous.entries[:, 0, head, entries].transpose(0, 1)
+            index = torch.arange(max(old - 1, 0), now, device=query.device)
+            pages, places = cache.table[layer, slot, head, index // page], index % page
+            entries = contiguous.entries[:, 0, head, index].transpose(0, 1)  # [entries, 2, d]
+            if cache.scales is not None:
+                scales = entries.abs().amax(-1) / torch.finfo(cache.pages.dtype).max
+                cache.scales[pages, :, places] = scales
+                entries = (entries / scales[..., None].clamp(min=1e-38)).to(cache.pages.dtype)
+            cache.pages[pages, :, places] = entries
         step.lengths[layer, i] = contiguous.lengths[0].int()
         pairs = torch.stack([key, value], 2)[new].transpose(0, 1)  # [g, n, 2, d]
         weights = reference.importance(query[new, None], key.shape[1], offset)[:, 0].T
@@ -165,8 +170,11 @@ def _reference(query, key, value, rotary, cache, layer, step, output, alpha, off
 def _gathered(cache: PagedCache, layer: int, slot: int, tokens: int, offset: float) -> reference.DMCCache:
     """One sequence of one layer as the reference holds it."""
     lengths = cache.lengths[layer, slot].long()
-    pages = cache.table[layer, slot, :, : -(-int(lengths.max()) // PAGE_ENTRIES)].clamp(min=0)
-    entries = cache.pages[pages].permute(2, 0, 1, 3, 4).flatten(2, 3)  # [2, g, entries, d]
+    pages = cache.table[layer, slot, :, : -(-int(lengths.max()) // cache.shape.page_entries)].clamp(min=0).long()
+    entries = cache.pages[pages]  # [g, pages, 2, page_entries, d]
+    if cache.scales is not None:
+        entries = entries.float() * cache.scales[pages][..., None]
+    entries = entries.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [2, g, entries, d]
     unused = torch.arange(entries.shape[2], device=entries.device) >= lengths[:, None]
     entries = entries.masked_fill(unused[None, ..., None], 0)[:, None]
     tail = None

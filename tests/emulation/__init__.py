@@ -1,4 +1,4 @@
-"""Compile csrc/ for the CPU and register its operators as `torch.ops.megatron_dmc_emulated`.
+"""Compile csrc/ for the CPU and register its operators under a name of their own.
 
 The sources are compiled as they are, but for what only nvcc reads (launches, dynamic shared memory) and for where
 tensors live. `emulation.h` says what is emulated.
@@ -35,12 +35,12 @@ def translate(text: str) -> str:
     return re.sub(r"extern __shared__ [^;]*? memory\[\];", "char* const memory = emulation::shared_memory();", text)
 
 
-def for_cpu(bindings: str) -> str:
-    """The bindings, registered for CPU tensors under a name of their own."""
+def for_cpu(bindings: str, name: str) -> str:
+    """The bindings, registered for CPU tensors as `name`."""
     for old, new in (
-        ("STABLE_TORCH_LIBRARY(megatron_dmc,", "STABLE_TORCH_LIBRARY(megatron_dmc_emulated,"),
-        ("STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CUDA,", "STABLE_TORCH_LIBRARY_IMPL(megatron_dmc_emulated, CPU,"),
-        ("STABLE_TORCH_LIBRARY_IMPL(megatron_dmc,", "STABLE_TORCH_LIBRARY_IMPL(megatron_dmc_emulated,"),
+        ("STABLE_TORCH_LIBRARY(megatron_dmc,", f"STABLE_TORCH_LIBRARY({name},"),
+        ("STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CUDA,", f"STABLE_TORCH_LIBRARY_IMPL({name}, CPU,"),
+        ("STABLE_TORCH_LIBRARY_IMPL(megatron_dmc,", f"STABLE_TORCH_LIBRARY_IMPL({name},"),
         ("TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream));", ""),
         ("query.is_cuda()", "query.is_cpu()"),
         ("x.is_cuda()", "x.is_cpu()"),
@@ -61,24 +61,26 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return c
 """
 
 
-def build(folder: Path) -> None:
-    """Compile in `folder` and load the operators.
+def build(folder: Path, page_entries: int = 16):
+    """Compile in `folder` and load the operators, for pages of so many entries; returns their namespace.
 
     Raises:
         RuntimeError: with the compiler's output, if it does not compile.
     """
+    name = f"megatron_dmc_emulated_{page_entries}"
     headers = cuda_headers()
     for path in SOURCES.iterdir():
         if path.suffix in (".cu", ".cuh", ".h"):
             (folder / path.with_suffix(".cpp" if path.suffix == ".cu" else path.suffix).name).write_text(
                 translate(path.read_text())
             )
-    for name in ("emulation.h", "instructions.cuh"):
-        shutil.copy(HERE / name, folder / name)
-    (folder / "bindings.cpp").write_text(for_cpu((SOURCES / "bindings.cpp").read_text()))
+    for header in ("emulation.h", "instructions.cuh"):
+        shutil.copy(HERE / header, folder / header)
+    (folder / "bindings.cpp").write_text(for_cpu((SOURCES / "bindings.cpp").read_text(), name))
     (folder / "runtime.cpp").write_text(RUNTIME)
     torch_headers = Path(torch.__file__).parent / "include"
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags += [f"-DMEGATRON_DMC_PAGE_ENTRIES={page_entries}"]
     flags += [f"-I{folder}", f"-isystem{headers}", f"-isystem{torch_headers}", "-include", str(folder / "emulation.h")]
     units = sorted(folder.glob("*.cpp"))
 
@@ -105,3 +107,4 @@ def build(folder: Path) -> None:
         ]
     )
     torch.ops.load_library(str(library))
+    return getattr(torch.ops, name)

@@ -117,8 +117,12 @@ inline void run_fiber() {
 }
 
 inline void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, const std::function<void()>& body) {
+  static bool backwards = false;  // every other time: blocks come in no order
+  backwards = !backwards;
   kernel = &body;
-  for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  for (unsigned n = 0; n < blocks; ++n) {
+    const unsigned b = backwards ? blocks - 1 - n : n;
     Block state;
     block = &state;
     state.grid = grid;
@@ -182,6 +186,11 @@ T from_bits(uint64_t x) {
 #define gridDim (emulation::block->grid)
 
 template <class T>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
@@ -203,6 +212,20 @@ T __shfl_up_sync(uint32_t mask, T x, int step) {
     return from < 0 ? x : emulation::from_bits<T>(w.slots[from][0]);
   });
 }
+template <class T>
+T __shfl_sync(uint32_t mask, T x, int from) {
+  return emulation::meet(mask, {emulation::bits(x)}, [&](emulation::Warp& w) {
+    return emulation::from_bits<T>(w.slots[from][0]);
+  });
+}
+inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t x) {
+  return emulation::meet(mask, {x}, [&](emulation::Warp& w) {
+    uint32_t highest = 0;
+    for (int i = 0; i < 32; ++i)
+      if (mask >> i & 1) highest = max(highest, uint32_t(w.slots[i][0]));
+    return highest;
+  });
+}
 inline int __any_sync(uint32_t mask, int vote) {
   return emulation::meet(mask, {uint64_t(vote != 0)}, [&](emulation::Warp& w) {
     int any = 0;
@@ -219,6 +242,7 @@ inline uint32_t __ballot_sync(uint32_t mask, int vote) {
   });
 }
 inline int __popc(uint32_t x) { return std::popcount(x); }
+inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 template <class T>
 T atomicAdd(T* to, T x) {
   return (*to += x) - x;
