@@ -14,7 +14,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-KERNELS = ["prepare", "merge_diagonal", "prepare_backward", "paged_attention", "paged_chunks"]
+KERNELS = ["prepare", "merge_diagonal", "prepare_backward", "paged_attention", "paged_chunks", "attend_hopper"]
 
 
 def installed_torch() -> str | None:
@@ -69,10 +69,12 @@ def cuda_extension() -> dict:
     os.environ["CUDA_HOME"] = home
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
     try:
-        from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+        from torch.utils.cpp_extension import BuildExtension, CUDAExtension, _get_cuda_arch_flags
     except ImportError:
         return {"setup_requires": needs}
     print(f"megatron-dmc: building the CUDA extension with {home}/bin/nvcc", file=sys.stderr)
+    # Hopper's own instructions exist for sm_90a only; what is for sm_90 runs nowhere else.
+    targets = [flag.replace("compute_90,code=sm_90", "compute_90a,code=sm_90a") for flag in _get_cuda_arch_flags()]
     extension = CUDAExtension(
         "megatron_dmc._cuda",
         ["csrc/bindings.cpp", *(f"csrc/{name}.cu" for name in KERNELS)],
@@ -83,7 +85,7 @@ def cuda_extension() -> dict:
             ("TORCH_TARGET_VERSION", "0x020b000000000000"),
             ("MEGATRON_DMC_PAGE_ENTRIES", page_entries()),
         ],
-        extra_compile_args={"cxx": ["-O2", "-std=c++20"], "nvcc": ["-O3", "-std=c++20", "--threads=2"]},
+        extra_compile_args={"cxx": ["-O2", "-std=c++20"], "nvcc": ["-O3", "-std=c++20", "--threads=2", *targets]},
         py_limited_api=True,
     )
     build = BuildExtension.with_options(no_python_abi_suffix=True)

@@ -364,6 +364,7 @@ struct CacheCall : Call {
     require(table.dim() == 3, "table must be [slots, KV heads, pages]; got ", text(table.sizes()));
     const int64_t s = table.size(0), held = table.size(2);
     cache.pages = contiguous_out(pages, "pages", {pages.size(0), 2, dmc::kPageEntries, d}, scales ? ScalarType::Float8_e4m3fn : type);
+    cache.rows = pages.size(0) * 2 * dmc::kPageEntries;
     if (scales)
       cache.scales = static_cast<float*>(
           contiguous_out(*scales, "scales", {pages.size(0), 2, dmc::kPageEntries}, ScalarType::Float));

@@ -141,25 +141,28 @@ struct LanePairs {
   // As memory has them.
   template <class T>
   __device__ PairPack<T> read_pack(const T* row) const {
-    PairPack<T> pack = {};
-    if constexpr (kPairing != Pairing::kAny) {
-      pack.low = *reinterpret_cast<const Pack<T, 4>*>(row + low);
-      pack.high = *reinterpret_cast<const Pack<T, 4>*>(row + high);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        pack.low.set(i, to_float(row[first(pair + i)]));
-        pack.high.set(i, to_float(row[second(pair + i)]));
-      }
-    }
-    return pack;
+    return read_pack<T>([row](int channel) { return row + channel; });
   }
-
   template <class T>
   __device__ void write_pack(T* row, const PairPack<T>& pack) const {
     write_pack([row](int channel) { return row + channel; }, pack);
   }
   // Where at(channel) says; four neighbouring channels lie side by side.
+  template <class T, class At>
+  __device__ PairPack<T> read_pack(At at) const {
+    PairPack<T> pack = {};
+    if constexpr (kPairing != Pairing::kAny) {
+      pack.low = *reinterpret_cast<const Pack<T, 4>*>(at(low));
+      pack.high = *reinterpret_cast<const Pack<T, 4>*>(at(high));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        pack.low.set(i, to_float(*at(first(pair + i))));
+        pack.high.set(i, to_float(*at(second(pair + i))));
+      }
+    }
+    return pack;
+  }
   template <class T, class At>
   __device__ void write_pack(At at, const PairPack<T>& pack) const {
     if constexpr (kPairing != Pairing::kAny) {

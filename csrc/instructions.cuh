@@ -8,6 +8,13 @@ namespace dmc {
 // A pointer into shared memory, as these instructions take it.
 __device__ inline uint32_t shared_address(const void* pointer) { return __cvta_generic_to_shared(pointer); }
 
+// 2^x, to 2 units in the last place; 0 where that is below 2^-126.
+__device__ inline float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // c (16x8) += a (16x16) b (16x8), by a warp.
 __device__ inline void multiply_add(bf16, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

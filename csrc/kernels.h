@@ -110,8 +110,9 @@ constexpr int kMaxNewTokens = 8;
 // One layer of the paged cache (megatron_dmc/cache.py says what its tensors are), of S slots.
 struct PagedLayer {
   void* pages;    // [pages, 2, kPageEntries, d]
+  int64_t rows;   // of all pages: keys and values of all entries
   float* scales;  // [pages, 2, kPageEntries] of 8-bit entries, or null: then they have the new tokens' dtype
-  int* table;   // [S, g, max_pages]
+  int* table;     // [S, g, max_pages]
   int max_pages;
   const int* lengths;     // [S, g]
   const int64_t* tokens;  // [S]
@@ -187,5 +188,9 @@ int paged_workers(DType, int channels, bool scaled);
 
 // Three kernels, one after the other; the last error of their launches.
 cudaError_t paged_chunks(const PagedChunks&, DType, cudaStream_t);
+
+// The third of them for Hopper, and whether it can take this.
+bool attend_hopper_takes(const PagedChunks&);
+cudaError_t attend_hopper(const PagedChunks&, DType, cudaStream_t);
 
 }  // namespace dmc

@@ -149,17 +149,17 @@ __device__ inline void write_entry(const PagedLayer& cache, int64_t row, const P
 template <int D>
 struct Sums {
   float value[D / 16][2][4] = {};
-  float highest[2] = {-INFINITY, -INFINITY};  // score so far
+  float highest[2] = {-INFINITY, -INFINITY};  // score so far, in powers of 2
   float weight[2] = {};                       // of this lane's columns
 
-  // Scores of 16 queries and N x 16 keys as accumulators, in powers of 2, -inf where a key is not seen, become weights
-  // as left operands; what was summed before is brought to the same scale.
-  template <class T, int N>
-  __device__ void weigh(float (&scores)[N][2][4], uint32_t (&weights)[N][1][4]) {
+  // Scores of 16 queries and N x 16 keys as accumulators, -inf where a key is not seen, become weights; `scale`, above 0,
+  // makes them powers of 2. Returns what the values summed before have to be multiplied with.
+  template <int N>
+  __device__ float2 weigh(float (&scores)[N][2][4], float scale) {
     float shrink[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float top = highest[i];
+      float top = -INFINITY;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
 #pragma unroll
@@ -167,8 +167,9 @@ struct Sums {
       }
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      top = fmaxf(highest[i], top * scale);
       const float base = top == -INFINITY ? 0.f : top;  // nothing seen yet
-      shrink[i] = exp2f(highest[i] - base);
+      shrink[i] = power_of_2(highest[i] - base);
       highest[i] = top;
       float sum = 0.f;
 #pragma unroll
@@ -176,25 +177,32 @@ struct Sums {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
-          for (int e = 2 * i; e < 2 * i + 2; ++e) sum += scores[n][half][e] = exp2f(scores[n][half][e] - base);
+          for (int e = 2 * i; e < 2 * i + 2; ++e) sum += scores[n][half][e] = power_of_2(fmaf(scores[n][half][e], scale, -base));
         }
       }
       weight[i] = weight[i] * shrink[i] + sum;
     }
+    return make_float2(shrink[0], shrink[1]);
+  }
+  __device__ void rescale(float2 shrink) {
+    if (!__any_sync(~0u, shrink.x != 1.f || shrink.y != 1.f)) return;  // soon, a new highest score is rare
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        value[c][0][e] *= e < 2 ? shrink.x : shrink.y;
+        value[c][1][e] *= e < 2 ? shrink.x : shrink.y;
+      }
+    }
+  }
+  // Weights as left operands.
+  template <class T, int N>
+  static __device__ void pack(const float (&scores)[N][2][4], uint32_t (&weights)[N][1][4]) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int reg = 0; reg < 4; ++reg)
         weights[n][0][reg] = pack_two<T>(scores[n][reg / 2][reg % 2 * 2], scores[n][reg / 2][reg % 2 * 2 + 1]);
-    }
-    if (!__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) return;  // soon, a new highest score is rare
-#pragma unroll
-    for (int c = 0; c < D / 16; ++c) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        value[c][0][e] *= shrink[e / 2];
-        value[c][1][e] *= shrink[e / 2];
-      }
     }
   }
 

@@ -263,10 +263,11 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
       for (int i = 0; i < 8; ++i) {
         const int reg = i / 2;
         float& x = scores[0][reg / 2][reg % 2 * 2 + i % 2];
-        x = sees(tile_row(reg), tile_column(reg) + i % 2) ? x * scale : -INFINITY;
+        if (!sees(tile_row(reg), tile_column(reg) + i % 2)) x = -INFINITY;
       }
+      sums.rescale(sums.weigh(scores, scale));
       uint32_t weights[1][1][4];
-      sums.template weigh<T>(scores, weights);
+      Sums<D>::template pack<T>(scores, weights);
 #pragma unroll
       for (int c = 0; c < D / 16; ++c) {
         uint32_t right[1][4];
@@ -350,7 +351,7 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
       for (int n = first_worker; n < first_worker + parts; ++n) top = fmaxf(top, partial_at(n)[row * (D + 2) + D]);
       for (int n = first_worker; n < first_worker + parts; ++n) {
         const float* const sum = partial_at(n) + row * (D + 2);
-        const float factor = exp2f(sum[D] - top);
+        const float factor = power_of_2(sum[D] - top);
         weight += factor * sum[D + 1];
 #pragma unroll
         for (int c = 0; c < D / 32; ++c) mean[c] += factor * sum[c * 32 + lane];

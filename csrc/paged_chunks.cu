@@ -127,6 +127,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const int* const table = cache.table + kv_row * cache.max_pages;
   const int64_t state = kv_row + (in.window ? 0 : cache.steps[slot] % 2 * cache.state_stride);
 
+  if (run + kRun >= count) {  // no entry, but seen by whole tiles of products: 0 times NaN must not be
+    const int end = entry[int64_t(count - 1) * kv_heads] + 1;
+    const uint4 zeros = {};
+    for (int at = end; at % kPageEntries && !cache.scales; ++at) {
+      T* const value = static_cast<T*>(cache.pages) + (entry_row(table, at) + kPageEntries) * D;
+      *reinterpret_cast<uint4*>(value + thread % kLanes<D> * 8) = zeros;
+    }
+  }
+
   // Token i of the chunk; before its beginning, from the ring.
   const auto ring = [&](int i) { return kv_row * cache.recent_tokens + (position + i) % cache.recent_tokens; };
   const auto recent = [&](int i) { return static_cast<const T*>(cache.recent) + ring(i) * 2 * D; };
@@ -316,12 +325,12 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
       for (int n = 0; n < kKeys / 16; ++n) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-          float& x = scores[m][n][e / 4][e % 4];
-          x *= scale;
-          if (partly && step * kKeys + n * 16 + lane % 4 * 2 + e / 4 * 8 + e % 2 >= limits[m][e % 4 / 2]) x = -INFINITY;
+          if (partly && step * kKeys + n * 16 + lane % 4 * 2 + e / 4 * 8 + e % 2 >= limits[m][e % 4 / 2])
+            scores[m][n][e / 4][e % 4] = -INFINITY;
         }
       }
-      sums[m].template weigh<T>(scores[m], weights[m]);
+      sums[m].rescale(sums[m].weigh(scores[m], scale));
+      Sums<D>::template pack<T>(scores[m], weights[m]);
     }
 #pragma unroll
     for (int c = 0; c < D / 16; ++c) {
@@ -350,12 +359,13 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
 }
 
 template <class T, int D, Pairing kPairing>
-cudaError_t launch(const PagedChunks& p, cudaStream_t stream) {
+cudaError_t launch(const PagedChunks& p, DType dtype, cudaStream_t stream) {
   const Shape& shape = p.in.shape;
   const auto blocks = [&](int kinds) { return dim3(shape.kv_heads, shape.batch, kinds); };
   constexpr int kDecideBytes = 4 * kDecideThreads / 32, kMerged = kMergeThreads / kLanes<D> * kRun;
   decide_kernel<T><<<blocks(1), kDecideThreads, kDecideBytes, stream>>>(p);
   merge_kernel<T, D, kPairing><<<blocks((p.longest + kMerged - 1) / kMerged), kMergeThreads, 0, stream>>>(p);
+  if (attend_hopper_takes(p)) return attend_hopper(p, dtype, stream);
   const auto attend = [&]<class S>() -> cudaError_t {
     using Memory = AttendMemory<T, S, D>;
     if (auto error = cudaFuncSetAttribute(attend_kernel<T, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory::kBytes))
@@ -372,7 +382,7 @@ cudaError_t launch(const PagedChunks& p, cudaStream_t stream) {
 cudaError_t paged_chunks(const PagedChunks& p, DType dtype, cudaStream_t stream) {
   return dispatch(dtype, p.in.shape.channels, p.in.rotary, [&]<class T, int D, Pairing kPairing>() {
     if constexpr (sizeof(T) == 2)
-      return launch<T, D, kPairing>(p, stream);
+      return launch<T, D, kPairing>(p, dtype, stream);
     else
       return cudaErrorInvalidValue;  // caches hold 16-bit numbers
   });

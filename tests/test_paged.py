@@ -1,5 +1,6 @@
 """Paged attention against the contiguous reference: sequences that come, grow at their own pace, move and go."""
 
+import os
 import shutil
 
 import pytest
@@ -37,11 +38,12 @@ def begin(cache, slots, new_tokens, chunks):
     return cache.begin(slots, new_tokens, chunk_slots=chunk_slots, chunk_lengths=list(chunks.values()))
 
 
-def compare(kernel, shape, dtype, plan, *, pairs, interleaved, merging, seed, pages=None):
+def compare(kernel, shape, dtype, plan, *, pairs, interleaved, merging, seed, pages=None, capability="9.0"):
     """Run `plan`, a list of `(slots, new tokens, {slot: length of its chunk})`, and check every output and every entry.
 
-    The contiguous caches see float64 copies of the same inputs.
+    The contiguous caches see float64 copies of the same inputs. `capability` is what the emulated GPU says of itself.
     """
+    os.environ["DMC_EMULATED_CAPABILITY"] = capability
     torch.manual_seed(seed)
     cache = PagedCache(shape, pages or 64 * shape.slots, dtype=dtype, device=DEVICE)
     cache.pages.fill_(float("nan"))  # whoever looks at an entry that nobody wrote, sees it
@@ -135,23 +137,30 @@ def plans(draw):
     interleaved=st.booleans(),
     merging=st.sampled_from([0.0, 0.5, 0.8, 1.0]),
     fp8=st.booleans(),
+    capability=st.sampled_from(["9.0", "8.0"]),
     plan=plans(),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_paged_equals_contiguous(
-    kernels, kernel, heads, channels, dtype, window, turning, interleaved, merging, fp8, plan, seed
+    kernels, kernel, heads, channels, dtype, window, turning, interleaved, merging, fp8, capability, plan, seed
 ):
     shape = CacheShape(2, 3, *heads, channels, 330, window, fp8)
-    pairs = {"all": channels // 2, "half": channels // 4, "odd": 5, "none": 0}[turning]
-    compare(kernel, shape, dtype, plan, pairs=pairs, interleaved=interleaved, merging=merging, seed=seed)
+    options = dict(
+        pairs={"all": channels // 2, "half": channels // 4, "odd": 5, "none": 0}[turning], interleaved=interleaved
+    )
+    compare(kernel, shape, dtype, plan, merging=merging, seed=seed, capability=capability, **options)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_many_pages(kernels, kernel, fresh_seed):
-    """Heads of several pages, dealt out to several workers each; chunks of several tiles of queries."""
-    shape = CacheShape(1, 2, 4, 2, 64, 400, 12)
-    plan = [([0], 8, {})] * 12 + [([0, 1], 5, {})] * 3 + [([], 1, {0: 90, 1: 150})] + [([1, -1, 0], 1, {})] * 4
-    compare(kernel, shape, torch.bfloat16, plan, pairs=32, interleaved=False, merging=0.3, seed=fresh_seed)
+@pytest.mark.parametrize("capability", ["9.0", "8.0"])
+@pytest.mark.parametrize("channels", [64, 128, 256])
+def test_many_pages(kernels, kernel, channels, capability, fresh_seed):
+    """Heads of several pages, dealt out to several workers each; chunks of several tiles of queries and of entries."""
+    shape = CacheShape(1, 2, 4, 2, channels, 800, 12)
+    plan = [([0], 8, {})] * 12 + [([0, 1], 5, {})] * 3 + [([], 1, {0: 90, 1: 470})] + [([1, -1, 0], 1, {})] * 4
+    for merging in (0.3, 0.9):
+        options = dict(pairs=channels // 2, interleaved=False, seed=fresh_seed, capability=capability)
+        compare(kernel, shape, torch.bfloat16, plan, merging=merging, **options)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -159,8 +168,9 @@ def test_many_pages(kernels, kernel, fresh_seed):
 def test_chunks_continue_open_segments(kernels, kernel, window, fresh_seed):
     shape = CacheShape(1, 2, 4, 2, 64, 200, window)
     plan = [([], 1, {0: 21}), ([], 1, {0: 33, 1: 3}), ([0], 3, {1: 18}), ([], 1, {0: 9, 1: 40}), ([1, 0], 2, {})]
-    for merging in (0.9, 3.0):
-        compare(kernel, shape, torch.bfloat16, plan, pairs=32, interleaved=False, merging=merging, seed=fresh_seed)
+    for merging, capability in ((0.9, "9.0"), (3.0, "9.0"), (0.9, "8.0"), (3.0, "8.0")):
+        options = dict(pairs=32, interleaved=False, seed=fresh_seed, capability=capability)
+        compare(kernel, shape, torch.bfloat16, plan, merging=merging, **options)
 
 
 @pytest.mark.skipif(GPU or not can_emulate, reason="the extension has one page size")

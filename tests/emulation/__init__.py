@@ -55,7 +55,16 @@ extern "C" {
 const char* cudaGetErrorString(cudaError_t) { return "error"; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { *value = 227 * 1024; return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr asked, int) {
+  const char* const capability = std::getenv("DMC_EMULATED_CAPABILITY");
+  switch (asked) {
+    case cudaDevAttrComputeCapabilityMajor: *value = (capability ? capability : "9.0")[0] - '0'; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = (capability ? capability : "9.0")[2] - '0'; break;
+    case cudaDevAttrMultiProcessorCount: *value = 3; break;
+    default: *value = 227 * 1024;
+  }
+  return cudaSuccess;
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 }
 """
@@ -74,7 +83,7 @@ def build(folder: Path, page_entries: int = 16):
             (folder / path.with_suffix(".cpp" if path.suffix == ".cu" else path.suffix).name).write_text(
                 translate(path.read_text())
             )
-    for header in ("emulation.h", "instructions.cuh"):
+    for header in ("emulation.h", "instructions.cuh", "hopper.cuh"):
         shutil.copy(HERE / header, folder / header)
     (folder / "bindings.cpp").write_text(for_cpu((SOURCES / "bindings.cpp").read_text(), name))
     (folder / "runtime.cpp").write_text(RUNTIME)

@@ -44,6 +44,12 @@ struct Fiber {
   uint3 index;
   bool done = false;
   std::vector<std::vector<Copy>> copies;  // groups, the last still open
+  std::vector<std::vector<std::function<void()>>> products;
+};
+
+struct NamedBarrier {
+  int arrived = 0;
+  uint64_t passed = 0;
 };
 
 struct Block {
@@ -54,8 +60,12 @@ struct Block {
   dim3 grid;
   int current = 0, at_barrier = 0;
   uint64_t barriers = 0, progress = 0;  // barriers passed; anything that let someone go on
+  std::vector<std::function<void()>> boxes;  // on their way
+  NamedBarrier named[16];
   ucontext_t scheduler;
 };
+
+constexpr uintptr_t kSharedAlignment = 1024;
 
 inline Block* block;
 inline const std::function<void()>* kernel;
@@ -129,11 +139,12 @@ inline void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, const s
     state.index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     state.fibers.resize(threads.x);
     state.warps.resize((threads.x + 31) / 32);
-    state.shared.assign(shared + 64, char(0xff));
+    state.shared.assign(shared + kSharedAlignment, char(0xff));
     for (unsigned t = 0; t < threads.x; ++t) {
       Fiber& f = state.fibers[t];
       f.index = {t, 0, 0};
       f.copies.emplace_back();
+      f.products.emplace_back();
       constexpr size_t kStack = 64 << 10;
       f.stack.reset(new char[kStack]);
       getcontext(&f.context);
@@ -156,8 +167,8 @@ inline void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, const s
   }
 }
 
-inline char* shared_memory() {  // 16-byte aligned, as CUDA's
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block->shared.data()) + 15) / 16 * 16);
+inline char* shared_memory() {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(block->shared.data()) / kSharedAlignment + 1) * kSharedAlignment);
 }
 
 template <class T>
@@ -193,6 +204,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int, 
 template <class T>
 cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+template <class T>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, T*) {
+  attributes->ptxVersion = 90;
+  return cudaSuccess;
 }
 
 inline void __syncthreads() { emulation::barrier(); }

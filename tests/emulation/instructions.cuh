@@ -9,6 +9,8 @@ inline uint32_t shared_address(const void* pointer) {
   return uint32_t(static_cast<const char*>(pointer) - emulation::shared_memory());
 }
 
+inline float power_of_2(float x) { return std::exp2(x); }
+
 template <class P>
 inline void multiply_add(P, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint64_t brought[6] = {a[0], a[1], a[2], a[3], b0, b1};
