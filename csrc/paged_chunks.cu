@@ -13,7 +13,7 @@
 namespace dmc {
 namespace {
 
-constexpr int kDecideThreads = 512;
+constexpr int kDecideThreads = 512, kDecideTokens = 4;  // of a thread, at once
 
 template <class T>
 __global__ void __launch_bounds__(kDecideThreads) decide_kernel(const __grid_constant__ PagedChunks p) {
@@ -33,27 +33,43 @@ __global__ void __launch_bounds__(kDecideThreads) decide_kernel(const __grid_con
                          int64_t(kv_head) * group * in.query_stride.head;
   const int length = cache.lengths[kv_row];
   int entries = length;
-  for (int base = 0; base < count; base += kDecideThreads) {
-    const int token = base + thread;
-    const int64_t index = int64_t(first + token) * kv_heads + kv_head;
-    bool appends = false;
-    if (token < count) {
-      // The first token of a sequence has nothing to merge into.
-      appends = position + token == 0 || !(to_float(key[token * in.key_stride.token + last_channel]) > in.offset);
-      p.weight[index] =
-          importance(query + token * in.query_stride.token, in.query_stride.head, group, last_channel, in.offset);
-      in.alpha[(first + token) * in.alpha_stride.token + kv_head * in.alpha_stride.head] = !appends;
+  for (int base = 0; base < count; base += kDecideThreads * kDecideTokens) {
+    const int mine = base + thread * kDecideTokens;
+    bool appends[kDecideTokens];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kDecideTokens; ++i) {
+      const int token = mine + i;
+      appends[i] = false;
+      if (token < count) {
+        // The first token of a sequence has nothing to merge into.
+        appends[i] = position + token == 0 || !(to_float(key[token * in.key_stride.token + last_channel]) > in.offset);
+        p.weight[int64_t(first + token) * kv_heads + kv_head] =
+            importance(query + token * in.query_stride.token, in.query_stride.head, group, last_channel, in.offset);
+        in.alpha[(first + token) * in.alpha_stride.token + kv_head * in.alpha_stride.head] = !appends[i];
+      }
+      own += appends[i];
     }
-    const uint32_t votes = __ballot_sync(~0u, appends);
-    if (lane == 0) appended[warp] = __popc(votes);
+    int before = own;  // appended by the lanes up to this one
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int others = __shfl_up_sync(~0u, before, step);
+      before += lane >= step ? others : 0;
+    }
+    if (lane == 31) appended[warp] = before;
+    before -= own;
     __syncthreads();
-    int before = 0, all = 0;
+    int all = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
       before += w < warp ? appended[w] : 0;
       all += appended[w];
     }
-    if (token < count) p.entry[index] = entries + before + __popc(votes & (~0u >> (31 - lane))) - 1;
+#pragma unroll
+    for (int i = 0; i < kDecideTokens; ++i) {
+      before += appends[i];
+      if (mine + i < count) p.entry[int64_t(first + mine + i) * kv_heads + kv_head] = entries + before - 1;
+    }
     entries += all;
     __syncthreads();
   }
@@ -148,6 +164,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   SegmentSums sums;
   int held = 0;  // tokens in the sums, the last ones of their segment, up to `limit`
   const auto add = [&](int i) { sums.add(pairs.read(key_at(i)), pairs.read(value_at(i)), weight_at(i)); };
+  bool joins = merges(run);
   {  // what this run's first token may merge into
     int from = run;
     while (run - from < limit - 1 && (from > 0 || in.window) && merges(from)) --from;
@@ -159,26 +176,37 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     held = run - from;
     for (int i = from; i < run; ++i) add(i);
   }
+  // Tokens are read one ahead.
+  struct Token {
+    PairPack<T> key, value;
+    float weight;
+    int entry;
+  };
+  const auto read = [&](int i) -> Token {
+    return {pairs.read_pack(key_at(i)), pairs.read_pack(value_at(i)), weight_at(i), entry[int64_t(i) * kv_heads]};
+  };
+  Token token = read(run);
+  int page = table[token.entry / kPageEntries];
   for (int i = run; i < run_end; ++i) {
-    if (!merges(i)) sums = {}, held = 0;
+    const Token next = i + 1 < count ? read(i + 1) : Token{{}, {}, 0.f, -1};
+    Rotation rotation;
+    rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, int(position) + i, 0));
+    if (!joins) sums = {}, held = 0;
     if (held == limit) {  // the oldest leaves: subtracting it would leave a rounding error behind
       sums = {};
       for (int j = i - limit + 1; j < i; ++j) add(j);
       --held;
     }
-    add(i);
+    sums.add(pairs.values(token.key), pairs.values(token.value), token.weight);
     ++held;
 
-    const bool survives = i + 1 == count || !merges(i + 1);
+    const bool survives = next.entry != token.entry;
     const int64_t index = first_index + int64_t(i) * kv_heads;
-    const int at = entry[int64_t(i) * kv_heads];
     const PairValues mean_key = SegmentSums::scaled(sums.key, 1.f / sums.total);
     const PairValues mean_value = SegmentSums::scaled(sums.value, 1.f / sums.total);
-    Rotation rotation;
-    rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, int(position) + i, 0));
     const PairValues rotated = rotation.apply(mean_key, pairs.have_last());
     if (survives) {
-      const int64_t row = entry_row(table, at);
+      const int64_t row = int64_t(page) * 2 * kPageEntries + token.entry % kPageEntries;
       if (cache.scales) {
         write_entry<fp8, D>(cache, row, pairs, rotated);
         write_entry<fp8, D>(cache, row + kPageEntries, pairs, mean_value);
@@ -196,16 +224,19 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     if (back < in.window - 1) {
       const int64_t place = int64_t(chunk * kv_heads + kv_head) * (in.window - 1) + in.window - 2 - back;
       T* const last = static_cast<T*>(p.last) + place * 2 * D;
-      pairs.write_pack(last, pairs.read_pack(key_at(i)));
-      pairs.write_pack(last + D, pairs.read_pack(value_at(i)));
-      p.last_weights[place] = weight_at(i);
+      pairs.write_pack(last, token.key);
+      pairs.write_pack(last + D, token.value);
+      p.last_weights[place] = token.weight;
     }
     if (!in.window && back == 0) {
-      const int64_t next = kv_row + (1 - cache.steps[slot] % 2) * cache.state_stride;
-      pairs.write(cache.mean + next * 2 * D, mean_key);
-      pairs.write(cache.mean + next * 2 * D + D, mean_value);
-      cache.total[next] = sums.total;
+      const int64_t next_state = kv_row + (1 - cache.steps[slot] % 2) * cache.state_stride;
+      pairs.write(cache.mean + next_state * 2 * D, mean_key);
+      pairs.write(cache.mean + next_state * 2 * D + D, mean_value);
+      cache.total[next_state] = sums.total;
     }
+    joins = !survives;
+    token = next;
+    if (i + 1 < run_end) page = table[token.entry / kPageEntries];
   }
 }
 

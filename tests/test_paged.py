@@ -164,6 +164,15 @@ def test_many_pages(kernels, kernel, channels, capability, fresh_seed):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_long_chunk(kernels, kernel, fresh_seed):
+    """More tokens than a block decides on at once, beside a short chunk."""
+    shape = CacheShape(1, 2, 1, 1, 64, 2200, 12)
+    plan = [([], 1, {0: 30, 1: 2100}), ([1], 3, {0: 9})]
+    options = dict(pairs=32, interleaved=False, merging=0.6, seed=fresh_seed, pages=150)
+    compare(kernel, shape, torch.bfloat16, plan, **options)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("window", [12, 0, 1, 30])
 def test_chunks_continue_open_segments(kernels, kernel, window, fresh_seed):
     shape = CacheShape(1, 2, 4, 2, 64, 200, window)
