@@ -217,6 +217,43 @@ def test_8_bit_entries_are_what_the_reference_stores(kernels, fresh_seed):
     assert (caches[0] - caches[1]).norm() < 2.0**-7 * caches[1].norm()
 
 
+@pytest.mark.skipif(not (GPU or can_emulate), reason="needs a GPU, or g++ and CUDA")
+@pytest.mark.parametrize("window", [12, 0])
+def test_opcheck(kernels, window, monkeypatch):
+    """Schemas say what the operators change, and tracing knows what they return."""
+    from torch.library import opcheck
+
+    operators, checked = paged._kernels, []
+
+    class Checked:
+        def __getattr__(self, name):
+            def call(*arguments):
+                checked.append(name)
+                # It cannot compare numbers of 8 bits.
+                options = dict(test_utils=("test_faketensor",)) if cache.shape.fp8 else {}
+                opcheck(getattr(operators, name).default, arguments, **options)
+                return getattr(operators, name)(*arguments)
+
+            return call
+
+    monkeypatch.setattr(paged, "_kernels", Checked())
+    for fp8 in (False, True):
+        cache = PagedCache(CacheShape(1, 2, 4, 2, 64, 100, window, fp8), 50, dtype=torch.bfloat16, device=DEVICE)
+        cache.pages.view(torch.uint8).zero_()  # compared bit by bit, NaN would differ from itself
+        for name in ("scales", "recent", "recent_weights", "mean", "total"):
+            if getattr(cache, name, None) is not None:
+                getattr(cache, name).zero_()
+        for slots, n, chunks in (([], 1, {0: 20, 1: 3}), ([0, 1], 2, {})):
+            step = begin(cache, slots, n, chunks)
+            for x in (step.last, step.last_weights):
+                if x is not None:
+                    x.zero_()
+            query, key, value = (torch.randn(step.tokens, h, 64, device=DEVICE).bfloat16() for h in (4, 2, 2))
+            paged.paged_attention(query, key, value, None, cache, 0, step)
+            cache.commit(step)
+    assert set(checked) == {"paged_attention_", "paged_chunks_"}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("window", [12, 0])
 def test_a_pool_that_runs_dry_in_a_chunk(kernels, kernel, window, fresh_seed):

@@ -52,6 +52,44 @@ def kernels() -> None:
         ops.prepare_backward_(*grads, grad_bias, torch.randn_like(alpha), key, value, alpha, weight, window, 0.5)
         torch.cuda.synchronize()
         print(dtype, tokens, channels, "done", flush=True)
+    generation()
+
+
+def generation() -> None:
+    """Chunks and decoding, and both in one step, over several pages and heads."""
+    import torch
+
+    from megatron_dmc.cache import CacheShape, PagedCache
+    from megatron_dmc.ops.paged import paged_attention
+
+    for dtype, heads, kv_heads, channels, window, fp8 in (
+        (torch.bfloat16, 6, 3, 128, 12, False),
+        (torch.float16, 4, 1, 64, 0, False),
+        (torch.bfloat16, 2, 2, 256, 5, False),
+        (torch.bfloat16, 4, 2, 128, 12, True),
+        (torch.float16, 3, 3, 96, 1, False),
+    ):
+        shape = CacheShape(1, 3, heads, kv_heads, channels, 400, window, fp8)
+        cache = PagedCache(shape, 300, dtype=dtype, device="cuda")
+        # Whole boxes of keys are read, and scores of those that do not exist thrown away; initcheck minds the reading.
+        cache.pages.view(torch.uint8).zero_()
+        angle = torch.rand(400, channels // 2, device="cuda")
+        for slots, new_tokens, chunks in (
+            ([], 1, {0: 170, 2: 33}),
+            ([2, -1], 1, {0: 150, 1: 1}),
+            ([0, 1, 2], 8, {}),
+            ([1, 0], 1, {}),
+        ):
+            slots, chunk_slots = (torch.tensor(list(x), dtype=torch.int64, device="cuda") for x in (slots, chunks))
+            step = cache.begin(slots, new_tokens, chunk_slots=chunk_slots, chunk_lengths=list(chunks.values()))
+            query, key, value = (
+                torch.randn(step.tokens, n, channels, device="cuda").to(dtype) for n in (heads, kv_heads, kv_heads)
+            )
+            paged_attention(query, key, value, (angle.cos(), angle.sin()), cache, 0, step, offset=0.0)
+            cache.commit(step)
+            assert step.ok
+        torch.cuda.synchronize()
+        print("generation", dtype, channels, "done", flush=True)
 
 
 if __name__ == "__main__":

@@ -397,9 +397,8 @@ def _register_fakes() -> None:
         scalars = query.new_empty(key.shape[:3], dtype=torch.float32)
         return *rows, query.new_empty(b, h, s, dtype=torch.float32), scalars, torch.empty_like(scalars)
 
-    @torch.library.register_fake("megatron_dmc::merge_diagonal_")
-    def _(*_):
-        return None
+    for name in ("merge_diagonal_", "paged_attention_", "paged_chunks_"):
+        torch.library.register_fake(f"megatron_dmc::{name}", lambda *_: None)
 
     @torch.library.register_fake("megatron_dmc::merge_diagonal_backward_")
     def _(grad_output, output, lse, diagonal, query, key, *_):
