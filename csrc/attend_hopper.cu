@@ -22,6 +22,10 @@ constexpr int kQueries = 128, kWarpgroup = 128;
 constexpr int kQueryThreads = 96, kThreads = 3 * kWarpgroup;
 constexpr int kStages = 2;
 
+// Registers move from the warps that fetch to those that attend; together they must not exceed what the block starts with.
+constexpr int kRegisters = 65536 / kThreads / 8 * 8, kFetching = 72, kAttending = 216;
+static_assert(kFetching + 2 * kAttending <= 3 * kRegisters);
+
 struct Attend {
   PagedChunks p;
   int tiles;     // of all KV heads and chunks
@@ -346,28 +350,28 @@ __global__ void __launch_bounds__(kThreads, 1) attend_hopper_kernel(const __grid
   extern __shared__ __align__(1024) char memory[];
   M& shared = *reinterpret_cast<M*>(memory);
   if (threadIdx.x == 0) {
-    constexpr int kAttending = 2 * kWarpgroup / 32;
+    constexpr int kAttendingWarps = 2 * kWarpgroup / 32;
     for (int i = 0; i < M::kBuffers; ++i) {
       start_barrier(&shared.queries_full[i], kQueryThreads);
-      start_barrier(&shared.queries_empty[i], kAttending);
+      start_barrier(&shared.queries_empty[i], kAttendingWarps);
     }
     for (int i = 0; i < kStages; ++i) {
       start_barrier(&shared.keys_full[i], 1);
       start_barrier(&shared.values_full[i], 1);
-      start_barrier(&shared.keys_empty[i], kAttending);
-      start_barrier(&shared.values_empty[i], kAttending);
+      start_barrier(&shared.keys_empty[i], kAttendingWarps);
+      start_barrier(&shared.values_empty[i], kAttendingWarps);
     }
     publish_barriers();
   }
   __syncthreads();
   if (threadIdx.x < kWarpgroup) {
-    fewer_registers<64>();
+    fewer_registers<kFetching>();
     if (threadIdx.x < 32)
       copy_entries<T, D>(a, shared);
     else
       prepare_queries<T, D>(a, shared);
   } else {
-    more_registers<224>();
+    more_registers<kAttending>();
     attend<T, D>(a, shared);
   }
 #endif

@@ -60,36 +60,63 @@ struct Staging {
   static constexpr int kStageBytes = kScaled ? kRows * (D + 4) : Rows<T, D>::bytes(kRows);
   static constexpr int kReadyBytes = kScaled ? Rows<T, D>::bytes(kRows) : 0;  // besides, once for all stages
 
+  // The pages of entries [first, first + kKeys), as far as they lie before `bound`; looked up ahead of the copies.
+  struct Pages {
+    static constexpr int kIds = kKeys > kPageEntries ? kKeys / kPageEntries : 1;
+    int id[kIds];
+
+    __device__ Pages(const int* table, int first, int bound) {
+#pragma unroll
+      for (int i = 0; i < kIds; ++i) id[i] = first + i * kPageEntries < bound ? table[first / kPageEntries + i] : 0;
+    }
+  };
+
   // Begin to copy entries [first, first + kKeys); from `bound` on there are none, and what nobody sees must be 0 and not
   // whatever was there: 0 times that might be NaN.
-  static __device__ void copy(char* stage, const PagedLayer& cache, const int* table, int first, int bound, int thread) {
-    constexpr int kPerPiece = 16 / sizeof(S), kPieces = D / kPerPiece, kAll = kRows * kPieces;
-    constexpr bool kOnePage = kPageEntries % kKeys == 0, kTwoPages = 2 * kPageEntries == kKeys;
-    const int* const pages = table + first / kPageEntries;
-    const int page0 = kOnePage || kTwoPages ? pages[0] : 0;
-    const int page1 = kTwoPages && first + kPageEntries < bound ? pages[1] : 0;
-    const auto row_of = [&](int row) {
-      const int key = first + row % kKeys;
-      const int64_t page = kOnePage ? page0 : kTwoPages ? (row % kKeys < kPageEntries ? page0 : page1) : table[key / kPageEntries];
-      return (page * 2 + row / kKeys) * kPageEntries + key % kPageEntries;
+  static __device__ void copy(char* stage, const PagedLayer& cache, const Pages& pages, int first, int bound, int thread) {
+    if (first + kKeys <= bound)
+      copy(stage, cache, pages, first, thread, [](int) { return true; });
+    else
+      copy(stage, cache, pages, first, thread, [&](int key) { return first + key < bound; });
+  }
+  template <class Exists>
+  static __device__ void copy(char* stage, const PagedLayer& cache, const Pages& pages, int first, int thread, Exists exists) {
+    constexpr int kPerPiece = 16 / sizeof(S), kPieces = D / kPerPiece, kAll = kRows * kPieces, kAtOnce = kThreads / kPieces;
+    constexpr bool kEven = kThreads % kPieces == 0 && kPageEntries % kAtOnce == 0;  // rows that come at once share a page
+    // Where a row begins in the pool; `round`: the row without what differs between threads.
+    const auto source_row = [&](int row, int round) {
+      const int key = row % kKeys, inside = Pages::kIds == 1 ? first % kPageEntries + key : key % kPageEntries;
+      int id = pages.id[0];
+      if constexpr (kEven) {
+        id = pages.id[round % kKeys / kPageEntries % Pages::kIds];
+      } else {
+#pragma unroll
+        for (int i = 1; i < Pages::kIds; ++i) id = key / kPageEntries == i ? pages.id[i] : id;
+      }
+      return (int64_t(id) * 2 + row / kKeys) * kPageEntries + inside;
     };
 #pragma unroll
     for (int i = 0; i < (kAll + kThreads - 1) / kThreads; ++i) {
       const int piece = i * kThreads + thread, row = piece / kPieces, channel = piece % kPieces * kPerPiece;
       if (kAll % kThreads && piece >= kAll) break;
-      const bool exists = first + row % kKeys < bound;
       char* to;
       if constexpr (kScaled)
         to = stage + row * D + channel;
       else
         to = reinterpret_cast<char*>(Rows<T, D>{reinterpret_cast<T*>(stage)}.at(row, channel));
-      copy_16_bytes(shared_address(to), static_cast<const S*>(cache.pages) + (exists ? row_of(row) * D : 0) + channel, exists);
+      const bool there = exists(row % kKeys);
+      copy_16_bytes(shared_address(to), static_cast<const S*>(cache.pages) + (there ? source_row(row, i * kAtOnce) * D : 0) + channel, there);
     }
     if constexpr (kScaled) {
       const int row = thread * 4;
       if (row < kRows) {
-        const bool exists = first + row % kKeys < bound;
-        copy_16_bytes(shared_address(stage + kRows * D + 4 * row), cache.scales + (exists ? row_of(row) : 0), exists);
+        int id = pages.id[0];
+#pragma unroll
+        for (int i = 1; i < Pages::kIds; ++i) id = row % kKeys / kPageEntries == i ? pages.id[i] : id;
+        const int inside = Pages::kIds == 1 ? first % kPageEntries + row % kKeys : row % kPageEntries;
+        const bool there = exists(row % kKeys);
+        copy_16_bytes(shared_address(stage + kRows * D + 4 * row),
+                      cache.scales + (there ? (int64_t(id) * 2 + row / kKeys) * kPageEntries + inside : 0), there);
       }
     }
   }

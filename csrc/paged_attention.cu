@@ -1,9 +1,9 @@
 // New tokens meet the paged cache, one launch a layer: decide, merge or append, rotate, write, attend, combine.
 //
-// Work comes in units: 16 closed entries, and for every sequence and KV head one unit more, its new tokens. The units of a
-// layer are numbered head by head and dealt out in equal runs to the workers. A worker is a warp, and all by itself: its
-// copies of entries run ahead of it, over the borders of heads; no barrier stops them. Whoever gets a head's last unit
-// also merges its new tokens and writes them into the cache. Where a head's units fall to several workers, the last one
+// Work comes in units: for every sequence and KV head one for its new tokens, and then one for every 16 closed entries. The
+// units of a layer are numbered head by head and dealt out in equal runs to the workers. A worker is a warp, and all by
+// itself: its copies of entries run ahead of it, over the borders of heads; no barrier stops them. Whoever gets a head's
+// first unit also merges its new tokens and writes them into the cache. Where a head's units fall to several workers, the last one
 // to finish combines what they found. Nothing that a launch reads is written in it: merging reads tokens that the ring
 // still holds, attention reads entries that are closed, and lengths are committed after the step.
 #include "paged.cuh"
@@ -16,9 +16,9 @@ constexpr int kRows = 16;  // queries at once: new tokens times heads of a group
 template <class T, class S, int D>
 struct PagedMemory {
   using Stage = Staging<T, S, D, kUnitEntries, 32>;
-  static constexpr int kStages = D <= 128 ? 3 : 2;
-  static constexpr int kQueryBytes = Rows<T, D>::bytes(kRows), kNewBytes = Rows<T, D>::bytes(2 * kRows);
-  static constexpr int kBytes = kQueryBytes + kNewBytes + Stage::kReadyBytes + kStages * Stage::kStageBytes;
+  static constexpr int kStages = D <= 128 ? 4 : 3;
+  static constexpr int kQueryBytes = Rows<T, D>::bytes(kRows);
+  static constexpr int kBytes = kQueryBytes + Stage::kReadyBytes + kStages * Stage::kStageBytes;
 };
 
 // One head of one sequence, and what a worker has to do with it.
@@ -30,8 +30,8 @@ struct Work {
   bool merges;  // whether the first new token does
 
   __device__ bool nobody() const { return slot < 0; }
-  __device__ bool has_new() const { return to == units; }
-  __device__ int entries_end() const { return min(to, units - 1); }  // of units with entries
+  __device__ bool has_new() const { return from == 0; }
+  __device__ static int first_entry(int unit) { return (unit - 1) * kUnitEntries; }
 };
 
 template <class T>
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
   if (!*in.ok) return;
 
   extern __shared__ __align__(16) char memory[];
-  const Rows<T, D> queries{reinterpret_cast<T*>(memory)}, new_rows{queries.at(kRows)};
-  char* const ready = memory + Memory::kQueryBytes + Memory::kNewBytes;
+  const Rows<T, D> queries{reinterpret_cast<T*>(memory)};
+  char* const ready = memory + Memory::kQueryBytes;
   char* const stages = ready + Stage::kReadyBytes;
 
   const int units = p.first_unit[all_heads], share = (units + p.workers - 1) / p.workers;
@@ -196,30 +196,42 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
   if (begin >= end) return;
   const int first_head = p.first_head[worker];
 
-  // Copies, kStages - 1 units ahead.
+  // Copies, kStages - 1 units ahead; their pages are looked up one unit before. New tokens take a stage as well, that
+  // nothing is copied to.
   Work copied = work_of<T>(p, first_head, begin, end);
   int copied_unit = copied.from, copies = 0;
+  const auto look_up = [&] {
+    const int first = Work::first_entry(copied_unit);
+    return typename Stage::Pages(copied.table, max(first, 0), copied_unit > 0 && copied_unit < copied.to ? copied.closed : 0);
+  };
+  typename Stage::Pages pages = look_up();
   const auto copy_next = [&] {
-    while (copied_unit >= copied.entries_end() && p.first_unit[copied.head + 1] < end) {
+    if (copied_unit > 0 && copied_unit < copied.to)
+      Stage::copy(stages + copies % Memory::kStages * Stage::kStageBytes, p.cache, pages, Work::first_entry(copied_unit),
+                  copied.closed, lane);
+    end_of_copies();
+    ++copies;
+    if (copied_unit < copied.to && ++copied_unit == copied.to && p.first_unit[copied.head + 1] < end) {
       copied = work_of<T>(p, copied.head + 1, begin, end);
       copied_unit = copied.from;
     }
-    if (copied_unit < copied.entries_end())
-      Stage::copy(stages + copies % Memory::kStages * Stage::kStageBytes, p.cache, copied.table, copied_unit * kUnitEntries,
-                  copied.closed, lane);
-    end_of_copies();
-    ++copied_unit;
-    ++copies;
+    pages = look_up();
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < Memory::kStages - 1; ++i) copy_next();
-  int done = 0;  // units with entries
+  int done = 0;
+  const auto next_stage = [&] {
+    wait_for_own_copies<Memory::kStages - 2>();
+    copy_next();
+    return stages + done++ % Memory::kStages * Stage::kStageBytes;
+  };
 
-  // Queries and values of no token: what is in memory may be NaN.
-  for (int i = lane; i < kRows * D; i += 32) {
-    *queries.at(i / D, i % D) = from_float<T>(0.f);
-    *new_rows.at(kRows + i / D, i % D) = from_float<T>(0.f);
-  }
+  // Queries and values of no token must be 0: what is in memory may be NaN.
+  const auto clear = [&](const Rows<T, D>& rows, int from, int to) {
+    for (int i = from * (D / 8) + lane; i < to * (D / 8); i += 32)
+      *reinterpret_cast<uint4*>(rows.at(i / (D / 8), i % (D / 8) * 8)) = uint4{};
+  };
+  clear(queries, rows, kRows);
 
   for (int head = first_head; head < all_heads && p.first_unit[head] < end; ++head) {
     const Work w = work_of<T>(p, head, begin, end);
@@ -232,6 +244,7 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
       return in.alpha + token * in.alpha_stride.token + w.batch * in.alpha_stride.batch + w.kv_head * in.alpha_stride.head;
     };
     if (w.nobody()) {  // it has this one unit
+      next_stage();
       for (int i = lane; i < rows * D; i += 32) output_at(i / D)[i % D] = from_float<T>(0.f);
       if (tile == 0 && lane < tokens) *alpha_at(lane) = 0.f;
       if (tile == 0 && lane == 0) in.new_lengths[head] = 0;
@@ -248,16 +261,42 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
         [&](int row) { return int(w.position) + (first_row + row) / group; });
     __syncwarp();
 
+    // New tokens: merged, and written into the cache.
+    New fresh;
+    Rows<T, D> new_rows{};
+    if (w.has_new()) {
+      char* const stage = next_stage();
+      new_rows.data = reinterpret_cast<T*>(Stage::kScaled ? ready : stage);
+      clear(new_rows, kRows + tokens, 2 * kRows);
+      fresh = decide<T, D>(p, w);
+      switch (pairing_of(in.rotary)) {
+        case Pairing::kHalves: merge_new<T, S, D, Pairing::kHalves>(p, w, fresh, new_rows, tile == 0); break;
+        case Pairing::kInterleaved: merge_new<T, S, D, Pairing::kInterleaved>(p, w, fresh, new_rows, tile == 0); break;
+        default: merge_new<T, S, D, Pairing::kAny>(p, w, fresh, new_rows, tile == 0);
+      }
+      if (tile == 0) {
+        if (lane < tokens) *alpha_at(lane) = fresh.merging >> lane & 1;
+        if (lane == 0) in.new_lengths[head] = w.length + tokens - __popc(fresh.merging);
+      }
+      __syncwarp();
+    }
+
     Sums<D> sums;
     const float scale = in.scale * kLog2E;
+    constexpr bool kInRegisters = D <= 128;  // queries
+    uint32_t left[D / 16][1][4];
+    if (kInRegisters) {
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) queries.left(left[c], 0, c * 16);
+    }
     const auto attend = [&](const Rows<T, D>& entries, auto sees) {
       float scores[1][2][4] = {};
 #pragma unroll
-      for (int c = 0; c < D; c += 16) {
-        uint32_t left[1][4], right[1][4];
-        queries.left(left, 0, c);
-        entries.right_transposed(right, 0, c);
-        multiply_add_tiles<T>(scores[0], left, right);
+      for (int c = 0; c < D / 16; ++c) {
+        uint32_t right[1][4];
+        if (!kInRegisters) queries.left(left[c], 0, c * 16);
+        entries.right_transposed(right, 0, c * 16);
+        multiply_add_tiles<T>(scores[0], left[c], right);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -275,11 +314,15 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
         multiply_add_tiles<T>(sums.value[c], weights[0], right);
       }
     };
-    for (int unit = w.from; unit < w.entries_end(); ++unit) {
-      wait_for_own_copies<Memory::kStages - 2>();
-      copy_next();
-      char* const stage = stages + done++ % Memory::kStages * Stage::kStageBytes;
-      const int first = unit * kUnitEntries;
+    if (w.has_new()) {
+      attend(new_rows, [&](int row, int column) {
+        const int token = (first_row + row) / group;
+        return column == token || (column < token && (fresh.surviving >> column & 1));
+      });
+    }
+    for (int unit = max(w.from, 1); unit < w.to; ++unit) {
+      char* const stage = next_stage();
+      const int first = Work::first_entry(unit);
       const Rows<T, D> entries = Stage::rows(stage, ready, first, w.closed, lane);
       if (Stage::kScaled) __syncwarp();
       if (first + kUnitEntries <= w.closed)
@@ -287,25 +330,7 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
       else
         attend(entries, [&](int, int column) { return first + column < w.closed; });
     }
-    if (w.has_new()) {
-      const New fresh = decide<T, D>(p, w);
-      switch (pairing_of(in.rotary)) {
-        case Pairing::kHalves: merge_new<T, S, D, Pairing::kHalves>(p, w, fresh, new_rows, tile == 0); break;
-        case Pairing::kInterleaved: merge_new<T, S, D, Pairing::kInterleaved>(p, w, fresh, new_rows, tile == 0); break;
-        default: merge_new<T, S, D, Pairing::kAny>(p, w, fresh, new_rows, tile == 0);
-      }
-      __syncwarp();
-      attend(new_rows, [&](int row, int column) {
-        const int token = (first_row + row) / group;
-        return column == token || (column < token && (fresh.surviving >> column & 1));
-      });
-      if (tile == 0) {
-        if (lane < tokens) *alpha_at(lane) = fresh.merging >> lane & 1;
-        if (lane == 0) in.new_lengths[head] = w.length + tokens - __popc(fresh.merging);
-      }
-    }
-
-    const bool whole = w.from == 0 && w.has_new();
+    const bool whole = w.from == 0 && w.to == w.units;
     // A worker has at most two heads that it shares: the one that it begins with, and the one that it ends with.
     const int head_start = p.first_unit[head];
     const auto partial_at = [&](int worker) {

@@ -276,9 +276,11 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
   // A query sees the entries before its token's own.
   const int sees = p.entry[index_of(token_of(first_row + Memory::kQueries - 1))], steps = (sees + kKeys - 1) / kKeys;
 
+  typename Stage::Pages pages(table, 0, sees);  // of the next copy
   const auto copy_step = [&](int step) {
-    if (step < steps) Stage::copy(stages + step % kStages * Stage::kStageBytes, cache, table, step * kKeys, sees, thread);
+    if (step < steps) Stage::copy(stages + step % kStages * Stage::kStageBytes, cache, pages, step * kKeys, sees, thread);
     end_of_copies();
+    pages = {table, (step + 1) * kKeys, sees};
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_step(i);
