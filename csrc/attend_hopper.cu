@@ -42,7 +42,7 @@ struct TileInfo {
   int own[kQueries];    // (token, KV head) whose own entry lies beside, or -1
 };
 
-// Matrices are [D / 64][rows][64], permuted as boxes are.
+// Matrices are [D / 64][rows][64], with permuted pieces; entries come so from their pages.
 template <class T, int D>
 struct alignas(1024) Memory {
   static constexpr int kKeys = D <= 128 ? 128 : 64, kBuffers = D <= 128 ? 2 : 1;

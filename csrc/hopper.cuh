@@ -10,9 +10,8 @@
 
 namespace dmc {
 
-// A matrix in global memory whose boxes arrive in shared memory as the products below read them: rows of 64 channels of
-// 16 bits, one after the other, their eight pieces of 16 bytes permuted by the row's number modulo 8 (from addresses
-// that are multiples of 1024). Rows that the matrix does not have arrive as zeros.
+// A matrix in global memory, of 16-bit numbers, whose boxes of 64 channels arrive in shared memory row after row. Rows that
+// the matrix does not have arrive as zeros.
 using BoxMap = CUtensorMap;
 
 // For [rows, channels] at `matrix`, boxes of `box_rows` rows.
@@ -31,7 +30,7 @@ inline cudaError_t make_box_map(BoxMap* map, DType dtype, void* matrix, uint64_t
   const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
   const auto type = dtype == DType::kHalf ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult done = encode(map, type, 2, matrix, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                               CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return done == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -69,6 +68,14 @@ __device__ inline void copy_box(void* to, const BoxMap* map, int row, int channe
       : "memory");
 }
 
+// Begin to copy so many bytes, a multiple of 16.
+__device__ inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
 // What this thread wrote to shared memory becomes visible to asynchronous copies and products.
 __device__ inline void show_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -82,7 +89,8 @@ __device__ inline void fewer_registers() { asm volatile("setmaxnreg.dec.sync.ali
 template <int kRegisters>
 __device__ inline void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters)); }
 
-// Where a matrix lies in shared memory, rows of 64 channels as boxes arrive. `next` is how many bytes behind a row's 64
+// Where a matrix lies in shared memory: rows of 64 channels, their eight pieces of 16 bytes permuted by the row's number
+// modulo 8, from an address that 1024 divides. `next` is how many bytes behind a row's 64
 // channels its next 64 lie; only products that take the matrix as it is need it.
 __device__ inline uint64_t matrix_at(const void* first_row, int next = 16) {
   constexpr uint64_t kPermuted128 = 1ull << 62, kEightRows = 1024 / 16;

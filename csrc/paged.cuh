@@ -7,7 +7,8 @@
 
 namespace dmc {
 
-// Entries are stored as they are, or in 8 bits (e4m3) with a float32 scale for every key and every value.
+// Entries are stored in 16 bits, a row's pieces permuted as Rows has them: whole rows are copied, and arrive ready for
+// tiles to be read. Or in 8 bits (e4m3), in order, with a float32 scale for every key and every value.
 using fp8 = __nv_fp8_storage_t;
 constexpr float kHighestFp8 = 448.f;
 
@@ -60,63 +61,26 @@ struct Staging {
   static constexpr int kStageBytes = kScaled ? kRows * (D + 4) : Rows<T, D>::bytes(kRows);
   static constexpr int kReadyBytes = kScaled ? Rows<T, D>::bytes(kRows) : 0;  // besides, once for all stages
 
-  // The pages of entries [first, first + kKeys), as far as they lie before `bound`; looked up ahead of the copies.
-  struct Pages {
-    static constexpr int kIds = kKeys > kPageEntries ? kKeys / kPageEntries : 1;
-    int id[kIds];
-
-    __device__ Pages(const int* table, int first, int bound) {
-#pragma unroll
-      for (int i = 0; i < kIds; ++i) id[i] = first + i * kPageEntries < bound ? table[first / kPageEntries + i] : 0;
-    }
-  };
-
   // Begin to copy entries [first, first + kKeys); from `bound` on there are none, and what nobody sees must be 0 and not
   // whatever was there: 0 times that might be NaN.
-  static __device__ void copy(char* stage, const PagedLayer& cache, const Pages& pages, int first, int bound, int thread) {
-    if (first + kKeys <= bound)
-      copy(stage, cache, pages, first, thread, [](int) { return true; });
-    else
-      copy(stage, cache, pages, first, thread, [&](int key) { return first + key < bound; });
-  }
-  template <class Exists>
-  static __device__ void copy(char* stage, const PagedLayer& cache, const Pages& pages, int first, int thread, Exists exists) {
-    constexpr int kPerPiece = 16 / sizeof(S), kPieces = D / kPerPiece, kAll = kRows * kPieces, kAtOnce = kThreads / kPieces;
-    constexpr bool kEven = kThreads % kPieces == 0 && kPageEntries % kAtOnce == 0;  // rows that come at once share a page
-    // Where a row begins in the pool; `round`: the row without what differs between threads.
-    const auto source_row = [&](int row, int round) {
-      const int key = row % kKeys, inside = Pages::kIds == 1 ? first % kPageEntries + key : key % kPageEntries;
-      int id = pages.id[0];
-      if constexpr (kEven) {
-        id = pages.id[round % kKeys / kPageEntries % Pages::kIds];
-      } else {
-#pragma unroll
-        for (int i = 1; i < Pages::kIds; ++i) id = key / kPageEntries == i ? pages.id[i] : id;
-      }
-      return (int64_t(id) * 2 + row / kKeys) * kPageEntries + inside;
+  static __device__ void copy(char* stage, const PagedLayer& cache, const int* table, int first, int bound, int thread) {
+    constexpr int kRowBytes = D * sizeof(S), kPieces = kRowBytes / 16, kAll = kRows * kPieces;
+    const auto source_row = [&](int row) {
+      return entry_row(table, first + row % kKeys) + row / kKeys * kPageEntries;
     };
 #pragma unroll
     for (int i = 0; i < (kAll + kThreads - 1) / kThreads; ++i) {
-      const int piece = i * kThreads + thread, row = piece / kPieces, channel = piece % kPieces * kPerPiece;
+      const int piece = i * kThreads + thread, row = piece / kPieces;
       if (kAll % kThreads && piece >= kAll) break;
-      char* to;
-      if constexpr (kScaled)
-        to = stage + row * D + channel;
-      else
-        to = reinterpret_cast<char*>(Rows<T, D>{reinterpret_cast<T*>(stage)}.at(row, channel));
-      const bool there = exists(row % kKeys);
-      copy_16_bytes(shared_address(to), static_cast<const S*>(cache.pages) + (there ? source_row(row, i * kAtOnce) * D : 0) + channel, there);
+      const bool exists = first + row % kKeys < bound;
+      const char* const from = static_cast<const char*>(cache.pages) + (exists ? source_row(row) * kRowBytes : 0);
+      copy_16_bytes(shared_address(stage + piece * 16), from + piece % kPieces * 16, exists);
     }
     if constexpr (kScaled) {
       const int row = thread * 4;
       if (row < kRows) {
-        int id = pages.id[0];
-#pragma unroll
-        for (int i = 1; i < Pages::kIds; ++i) id = row % kKeys / kPageEntries == i ? pages.id[i] : id;
-        const int inside = Pages::kIds == 1 ? first % kPageEntries + row % kKeys : row % kPageEntries;
-        const bool there = exists(row % kKeys);
-        copy_16_bytes(shared_address(stage + kRows * D + 4 * row),
-                      cache.scales + (there ? (int64_t(id) * 2 + row / kKeys) * kPageEntries + inside : 0), there);
+        const bool exists = first + row % kKeys < bound;
+        copy_16_bytes(shared_address(stage + kRows * D + 4 * row), cache.scales + (exists ? source_row(row) : 0), exists);
       }
     }
   }
@@ -131,14 +95,15 @@ struct Staging {
       const int piece = i * kThreads + thread, row = piece / kPieces, channel = piece % kPieces * 8;
       if (kAll % kThreads && piece >= kAll) break;
       const uint2 eight = *reinterpret_cast<const uint2*>(stage + row * D + channel);
-      const float scale = first + row % kKeys < bound ? reinterpret_cast<const float*>(stage + kRows * D)[row] : 0.f;
+      const bool exists = first + row % kKeys < bound;
+      const float scale = reinterpret_cast<const float*>(stage + kRows * D)[row];
       uint4 words;
       uint32_t* const word = &words.x;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const auto two = __nv_fp8x2_storage_t((k < 2 ? eight.x : eight.y) >> 16 * (k % 2));
         const float2 x = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3)));
-        word[k] = pack_two<T>(x.x * scale, x.y * scale);
+        word[k] = exists ? pack_two<T>(x.x * scale, x.y * scale) : 0;
       }
       *reinterpret_cast<uint4*>(to.at(row, channel)) = words;
     }
@@ -157,7 +122,7 @@ template <class S, int D, class Pairs>
 __device__ inline void write_entry(const PagedLayer& cache, int64_t row, const Pairs& pairs, const PairValues& x) {
   S* const to = static_cast<S*>(cache.pages) + row * D;
   if constexpr (sizeof(S) > 1) {
-    pairs.write(to, x);
+    pairs.write_pack([&](int channel) { return to + Rows<S, D>::permuted(row % 8, channel); }, pairs.template pack<S>(x));
   } else {
     float highest = 0.f;
 #pragma unroll

@@ -6,6 +6,7 @@
 // first unit also merges its new tokens and writes them into the cache. Where a head's units fall to several workers, the last one
 // to finish combines what they found. Nothing that a launch reads is written in it: merging reads tokens that the ring
 // still holds, attention reads entries that are closed, and lengths are committed after the step.
+#include "hopper.cuh"
 #include "paged.cuh"
 
 namespace dmc {
@@ -18,7 +19,92 @@ struct PagedMemory {
   using Stage = Staging<T, S, D, kUnitEntries, 32>;
   static constexpr int kStages = D <= 128 ? 4 : 3;
   static constexpr int kQueryBytes = Rows<T, D>::bytes(kRows);
-  static constexpr int kBytes = kQueryBytes + Stage::kReadyBytes + kStages * Stage::kStageBytes;
+  static constexpr int kBytes = kQueryBytes + Stage::kReadyBytes + kStages * (Stage::kStageBytes + sizeof(Barrier));
+};
+
+#if (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900) || defined(MEGATRON_DMC_EMULATES_AMPERE)
+constexpr bool kBulkCopies = false;
+#else
+constexpr bool kBulkCopies = true;
+#endif
+
+// A warp's copies of units of entries into a ring of stages, which it waits for in their order.
+template <class T, class S, int D>
+struct Copies {
+  using Memory = PagedMemory<T, S, D>;
+  using Stage = typename Memory::Stage;
+  // A page has two parts, keys and values, and with scales two more.
+  static constexpr int kStages = Memory::kStages, kPages = kUnitEntries > kPageEntries ? kUnitEntries / kPageEntries : 1;
+  static constexpr int kParts = Stage::kScaled ? 4 : 2, kPieces = kPages * kParts;
+  char* const stages;
+  Barrier* const arrived;
+  const int lane;
+  int begun = 0, done = 0;
+  int page = 0;  // of the piece of the next unit that this lane copies
+
+  __device__ Copies(char* stages)
+      : stages(stages), arrived(reinterpret_cast<Barrier*>(stages + kStages * Stage::kStageBytes)), lane(threadIdx.x) {
+    if constexpr (kBulkCopies) {
+      if (lane == 0) {
+        for (int i = 0; i < kStages; ++i) start_barrier(arrived + i, 1);
+        publish_barriers();
+      }
+      __syncwarp();
+    }
+  }
+
+  // Where the next unit lies: entries from `first` on, before `bound`.
+  __device__ void look_up(const int* table, int first, int bound) {
+    const int index = first / kPageEntries + lane / kParts;
+    page = lane < kPieces && index * kPageEntries < bound ? table[index] : 0;
+  }
+
+  // Begin to copy it, if `bound` leaves any of it.
+  __device__ void begin(const PagedLayer& cache, int first, int bound) {
+    char* const stage = stages + begun++ % kStages * Stage::kStageBytes;
+    Barrier* const barrier = arrived + (begun - 1) % kStages;
+    const int rows = min(bound - first, kUnitEntries);
+    if constexpr (kBulkCopies) {
+      if (lane == 0) arrive_and_expect(barrier, max(rows, 0) * 2 * D * int(sizeof(S)) + (Stage::kScaled ? 8 * padded(rows) : 0));
+      __syncwarp();
+    }
+    const auto copy_piece = [&](int piece, int page) {
+      const int in_page = piece / kParts, part = piece % kParts, is_value = part % 2;
+      const int held = min(rows - in_page * kPageEntries, min(kPageEntries, kUnitEntries));
+      const int64_t row = (int64_t(page) * 2 + is_value) * kPageEntries + (kPages == 1 ? first % kPageEntries : 0);
+      const int to_row = is_value * kUnitEntries + in_page * kPageEntries;
+      if (part < 2)
+        copy(stage + to_row * D * int(sizeof(S)), static_cast<const S*>(cache.pages) + row * D, held * D * int(sizeof(S)), barrier);
+      else
+        copy(stage + Stage::kRows * D + to_row * 4, cache.scales + row, 4 * padded(held), barrier);
+    };
+    if constexpr (kBulkCopies) {
+      if (lane < kPieces) copy_piece(lane, page);
+    } else {
+      for (int piece = 0; piece < kPieces; ++piece) copy_piece(piece, __shfl_sync(~0u, page, piece));
+      end_of_copies();
+    }
+  }
+
+  // The next stage, when all of it has arrived.
+  __device__ char* next() {
+    if constexpr (kBulkCopies)
+      wait_for(arrived + done % kStages, done / kStages % 2);
+    else
+      wait_for_own_copies<kStages - 1>();
+    return stages + done++ % kStages * Stage::kStageBytes;
+  }
+
+ private:
+  static __device__ int padded(int rows) { return (max(rows, 0) + 3) / 4 * 4; }  // scales come in pieces of 16 bytes
+
+  __device__ void copy(char* to, const void* from, int bytes, Barrier* barrier) const {
+    if constexpr (kBulkCopies) {
+      if (bytes > 0) copy_bytes(to, from, bytes, barrier);
+    } else {
+      for (int i = lane * 16; i < bytes; i += 32 * 16) copy_16_bytes(shared_address(to + i), static_cast<const char*>(from) + i, true);
+    }
+  }
 };
 
 // One head of one sequence, and what a worker has to do with it.
@@ -31,7 +117,9 @@ struct Work {
 
   __device__ bool nobody() const { return slot < 0; }
   __device__ bool has_new() const { return from == 0; }
-  __device__ static int first_entry(int unit) { return (unit - 1) * kUnitEntries; }
+  // The entries of a unit, and where they end: nothing to read for new tokens, and behind the last unit.
+  __device__ static int first_entry(int unit) { return max(unit - 1, 0) * kUnitEntries; }
+  __device__ int bound(int unit) const { return unit > 0 && unit < to ? closed : 0; }
 };
 
 template <class T>
@@ -198,34 +286,32 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
 
   // Copies, kStages - 1 units ahead; their pages are looked up one unit before. New tokens take a stage as well, that
   // nothing is copied to.
+  Copies<T, S, D> copies(stages);
   Work copied = work_of<T>(p, first_head, begin, end);
-  int copied_unit = copied.from, copies = 0;
-  const auto look_up = [&] {
-    const int first = Work::first_entry(copied_unit);
-    return typename Stage::Pages(copied.table, max(first, 0), copied_unit > 0 && copied_unit < copied.to ? copied.closed : 0);
-  };
-  typename Stage::Pages pages = look_up();
+  int copied_unit = copied.from;
+  const auto look_up = [&] { copies.look_up(copied.table, Work::first_entry(copied_unit), copied.bound(copied_unit)); };
+  look_up();
   const auto copy_next = [&] {
-    if (copied_unit > 0 && copied_unit < copied.to)
-      Stage::copy(stages + copies % Memory::kStages * Stage::kStageBytes, p.cache, pages, Work::first_entry(copied_unit),
-                  copied.closed, lane);
-    end_of_copies();
-    ++copies;
+    copies.begin(p.cache, Work::first_entry(copied_unit), copied.bound(copied_unit));
     if (copied_unit < copied.to && ++copied_unit == copied.to && p.first_unit[copied.head + 1] < end) {
       copied = work_of<T>(p, copied.head + 1, begin, end);
       copied_unit = copied.from;
     }
-    pages = look_up();
+    look_up();
   };
 #pragma unroll 1
   for (int i = 0; i < Memory::kStages - 1; ++i) copy_next();
-  int done = 0;
   const auto next_stage = [&] {
-    wait_for_own_copies<Memory::kStages - 2>();
+    __syncwarp();  // the stage before is done with: it takes the next copies
     copy_next();
-    return stages + done++ % Memory::kStages * Stage::kStageBytes;
+    return copies.next();
   };
 
+  // What is written here goes before copies that take the same place.
+  const auto show_writes_of_warp = [] {
+    if constexpr (kBulkCopies) show_writes();
+    __syncwarp();
+  };
   // Queries and values of no token must be 0: what is in memory may be NaN.
   const auto clear = [&](const Rows<T, D>& rows, int from, int to) {
     for (int i = from * (D / 8) + lane; i < to * (D / 8); i += 32)
@@ -278,7 +364,7 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
         if (lane < tokens) *alpha_at(lane) = fresh.merging >> lane & 1;
         if (lane == 0) in.new_lengths[head] = w.length + tokens - __popc(fresh.merging);
       }
-      __syncwarp();
+      show_writes_of_warp();
     }
 
     Sums<D> sums;
@@ -324,7 +410,12 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
       char* const stage = next_stage();
       const int first = Work::first_entry(unit);
       const Rows<T, D> entries = Stage::rows(stage, ready, first, w.closed, lane);
-      if (Stage::kScaled) __syncwarp();
+      if (Stage::kScaled) {
+        __syncwarp();
+      } else if (first + kUnitEntries > w.closed) {
+        clear(entries, kRows + w.closed - first, 2 * kRows);
+        show_writes_of_warp();
+      }
       if (first + kUnitEntries <= w.closed)
         attend(entries, [](int, int) { return true; });
       else
@@ -386,7 +477,6 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
     }
     if (lane == 0) *arrived = 0;  // for the next launch
   }
-  wait_for_own_copies<0>();
 }
 
 template <class T, class S, int D>

@@ -276,11 +276,9 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
   // A query sees the entries before its token's own.
   const int sees = p.entry[index_of(token_of(first_row + Memory::kQueries - 1))], steps = (sees + kKeys - 1) / kKeys;
 
-  typename Stage::Pages pages(table, 0, sees);  // of the next copy
   const auto copy_step = [&](int step) {
-    if (step < steps) Stage::copy(stages + step % kStages * Stage::kStageBytes, cache, pages, step * kKeys, sees, thread);
+    if (step < steps) Stage::copy(stages + step % kStages * Stage::kStageBytes, cache, table, step * kKeys, sees, thread);
     end_of_copies();
-    pages = {table, (step + 1) * kKeys, sees};
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_step(i);
@@ -311,14 +309,15 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
       const T* const own = in_page ? static_cast<const T*>(cache.pages) + entry_row(table, entry) * D
                                    : static_cast<const T*>(p.own) + index * 2 * D;
       const T* const own_value = own + (in_page ? kPageEntries * D : D);
+      const auto place = [&](int channel) { return in_page ? Rows<T, D>::permuted(entry % 8, channel) : channel; };
       float score = 0.f;
 #pragma unroll
       for (int c = 0; c < D / 8; ++c) {
         const int channel = c * 8 + lane % 4 * 2;
         float q[2], k[2], v[2];
         load(queries.at(row, channel), q);
-        load(own + channel, k);
-        load(own_value + channel, v);
+        load(own + place(channel), k);
+        load(own_value + place(channel), v);
         score += q[0] * k[0] + q[1] * k[1];
         sums[m].value[c / 2][c % 2][2 * i] = v[0];
         sums[m].value[c / 2][c % 2][2 * i + 1] = v[1];

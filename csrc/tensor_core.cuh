@@ -61,18 +61,19 @@ __device__ inline void multiply_add_tiles(float (&c)[2][4], const uint32_t (&a)[
 }
 
 // Rows in shared memory. So that eight of them can be read at once without bank conflicts, pieces of 16 bytes change
-// places within a row, after a pattern that repeats every eight rows; where a row's length does not allow it, and in
-// float32, rows are padded instead.
+// places within a row, after a pattern that repeats every eight rows; in float32, rows are padded instead.
 template <class T, int D>
 struct Rows {
   static constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece;
-  static constexpr bool kSwizzled = sizeof(T) == 2 && (kPieces == 4 || kPieces % 8 == 0);
+  static constexpr bool kSwizzled = sizeof(T) == 2 && kPieces % 4 == 0;
   static constexpr int kStride = kSwizzled ? D : D + kPiece;
   T* data;
 
-  __device__ T* at(int row, int channel = 0) const {
-    if constexpr (kSwizzled) channel ^= (kPieces == 4 ? row / 2 % 4 : row % 8) * kPiece;
-    return data + row * kStride + channel;
+  __device__ T* at(int row, int channel = 0) const { return data + row * kStride + permuted(row, channel); }
+
+  // Where a row's channel comes to lie in it.
+  static __device__ int permuted(int row, int channel) {
+    return kSwizzled ? channel ^ (kPieces % 8 ? row / 2 % 4 : row % 8) * kPiece : channel;
   }
 
   static constexpr int bytes(int rows) { return rows * kStride * int(sizeof(T)); }

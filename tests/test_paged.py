@@ -183,13 +183,17 @@ def test_chunks_continue_open_segments(kernels, kernel, window, fresh_seed):
 
 
 @pytest.mark.skipif(GPU or not can_emulate, reason="the extension has one page size")
-@pytest.mark.parametrize("page_entries", [8, 32, 64])
-def test_page_sizes(page_entries, tmp_path, monkeypatch, fresh_seed):
-    monkeypatch.setattr(paged, "_kernels", build(tmp_path, page_entries))
-    for fp8, d in ((False, 64), (True, 128)):
+@pytest.mark.parametrize(
+    ("page_entries", "generation"), [(8, "hopper"), (16, "ampere"), (32, "ampere"), (64, "hopper")]
+)
+def test_page_sizes(page_entries, generation, tmp_path, monkeypatch, fresh_seed):
+    flags = ["-DMEGATRON_DMC_EMULATES_AMPERE"] if generation == "ampere" else []
+    monkeypatch.setattr(paged, "_kernels", build(tmp_path, page_entries, *flags))
+    for fp8, d in ((False, 64), (True, 128), (False, 96), (True, 96), (False, 256)):
         shape = CacheShape(1, 2, 4, 2, d, 400, 12, fp8, page_entries)
-        plan = [([], 1, {0: 90, 1: 15}), ([1, -1, 0], 7, {}), ([1], 1, {0: 50})]
-        compare("fused", shape, torch.bfloat16, plan, pairs=32, interleaved=False, merging=0.3, seed=fresh_seed)
+        plan = [([], 1, {0: 90, 1: 15}), ([1, -1, 0], 7, {}), ([1], 1, {0: 50}), ([0, 1], 4, {})]
+        options = dict(pairs=d // 2, interleaved=False, merging=0.3, seed=fresh_seed)
+        compare("fused", shape, torch.bfloat16, plan, capability="9.0" if generation == "hopper" else "8.0", **options)
 
 
 @pytest.mark.skipif(not (GPU or can_emulate), reason="needs a GPU, or g++ and CUDA")

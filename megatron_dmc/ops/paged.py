@@ -148,7 +148,7 @@ def _reference(query, key, value, rotary, cache, layer, step, output, alpha, off
                 scales = entries.abs().amax(-1) / torch.finfo(cache.pages.dtype).max
                 cache.scales[pages, :, places] = scales
                 entries = (entries / scales[..., None].clamp(min=1e-38)).to(cache.pages.dtype)
-            cache.pages[pages, :, places] = entries
+            cache.pages[pages, :, places] = _permuted(entries, places[:, None]).to(cache.pages.dtype)
         step.lengths[layer, i] = contiguous.lengths[0].int()
         pairs = torch.stack([key, value], 2)[new].transpose(0, 1)  # [g, n, 2, d]
         weights = reference.importance(query[new, None], key.shape[1], offset)[:, 0].T
@@ -167,11 +167,22 @@ def _reference(query, key, value, rotary, cache, layer, step, output, alpha, off
             step.last_weights[layer, i - b, :, -kept:] = weights[:, -kept:]
 
 
+def _permuted(entries: Tensor, rows: Tensor) -> Tensor:
+    """Entries `[…, d]` as pages hold them in their rows `[…]`, or back from there (`Rows` in csrc/tensor_core.cuh)."""
+    d = entries.shape[-1]
+    if entries.element_size() == 1 or d % 32:
+        return entries
+    piece = rows % 8 if d % 64 == 0 else rows % 8 // 2
+    channels = torch.arange(d, device=entries.device) ^ (piece * 8)[..., None]
+    return entries.gather(-1, channels.expand_as(entries))
+
+
 def _gathered(cache: PagedCache, layer: int, slot: int, tokens: int, offset: float) -> reference.DMCCache:
     """One sequence of one layer as the reference holds it."""
     lengths = cache.lengths[layer, slot].long()
     pages = cache.table[layer, slot, :, : -(-int(lengths.max()) // cache.shape.page_entries)].clamp(min=0).long()
     entries = cache.pages[pages]  # [g, pages, 2, page_entries, d]
+    entries = _permuted(entries, torch.arange(cache.shape.page_entries, device=pages.device))
     if cache.scales is not None:
         entries = entries.float() * cache.scales[pages][..., None]
     entries = entries.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [2, g, entries, d]

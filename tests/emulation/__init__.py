@@ -70,13 +70,15 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return c
 """
 
 
-def build(folder: Path, page_entries: int = 16):
+def build(folder: Path, page_entries: int = 16, *flags: str):
     """Compile in `folder` and load the operators, for pages of so many entries; returns their namespace.
+
+    `-DMEGATRON_DMC_EMULATES_AMPERE` among the compiler's flags leaves out what decoding does from Hopper on.
 
     Raises:
         RuntimeError: with the compiler's output, if it does not compile.
     """
-    name = f"megatron_dmc_emulated_{page_entries}"
+    name = f"megatron_dmc_emulated_{page_entries}_{len(flags)}"
     headers = cuda_headers()
     for path in SOURCES.iterdir():
         if path.suffix in (".cu", ".cuh", ".h"):
@@ -88,7 +90,7 @@ def build(folder: Path, page_entries: int = 16):
     (folder / "bindings.cpp").write_text(for_cpu((SOURCES / "bindings.cpp").read_text(), name))
     (folder / "runtime.cpp").write_text(RUNTIME)
     torch_headers = Path(torch.__file__).parent / "include"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", *flags]
     flags += [f"-DMEGATRON_DMC_PAGE_ENTRIES={page_entries}"]
     flags += [f"-I{folder}", f"-isystem{headers}", f"-isystem{torch_headers}", "-include", str(folder / "emulation.h")]
     units = sorted(folder.glob("*.cpp"))

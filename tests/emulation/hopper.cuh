@@ -18,7 +18,7 @@ inline cudaError_t make_box_map(BoxMap* map, DType, void* matrix, uint64_t rows,
 
 struct Barrier {
   int16_t phase, arrivals, missing;
-  int16_t lines_missing;  // of 64 bytes
+  int16_t pieces_missing;  // of 16 bytes
 };
 static_assert(sizeof(Barrier) == 8);
 
@@ -27,11 +27,11 @@ inline void start_barrier(Barrier* barrier, int arrivals) {
 }
 inline void publish_barriers() {}
 inline void came(Barrier* barrier, int arrivals, int bytes) {
-  if (bytes % 64) emulation::fail("bytes of a barrier that are no multiple of 64");
+  if (bytes % 16) emulation::fail("bytes of a barrier that are no multiple of 16");
   barrier->missing -= arrivals;
-  barrier->lines_missing += bytes / 64;
+  barrier->pieces_missing += bytes / 16;
   if (barrier->missing < 0) emulation::fail("more arrivals than a barrier waits for");
-  if (barrier->missing == 0 && barrier->lines_missing == 0) {
+  if (barrier->missing == 0 && barrier->pieces_missing == 0) {
     barrier->phase ^= 1;
     barrier->missing = barrier->arrivals;
   }
@@ -52,16 +52,13 @@ inline void wait_for(Barrier* barrier, int parity) {
   }
 }
 
-// The hardware permutes by bits of the address.
-inline uint32_t permuted(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-
 inline void copy_box(void* to, const BoxMap* map, int row, int channel, Barrier* barrier) {
   const uint32_t address = shared_address(to);
   if (address % 128) emulation::fail("a box that is not aligned");
   emulation::block->boxes.push_back([=, box = *map] {  // the map may be a parameter of a thread that ends before
     for (int r = 0; r < box.box_rows; ++r) {
       for (int piece = 0; piece < 8; ++piece) {
-        char* const target = emulation::shared_memory() + permuted(address + r * 128 + piece * 16);
+        char* const target = emulation::shared_memory() + address + r * 128 + piece * 16;
         if (row >= 0 && uint64_t(row + r) < box.rows)
           std::memcpy(target, box.matrix + ((row + r) * box.channels + channel + piece * 8) * 2, 16);
         else
@@ -69,6 +66,15 @@ inline void copy_box(void* to, const BoxMap* map, int row, int channel, Barrier*
       }
     }
     came(barrier, 0, -box.box_rows * 128);
+  });
+}
+
+inline void copy_bytes(void* to, const void* from, int bytes, Barrier* barrier) {
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    emulation::fail("a copy that is not aligned to 16 bytes");
+  emulation::block->boxes.push_back([=] {
+    std::memcpy(to, from, bytes);
+    came(barrier, 0, -bytes);
   });
 }
 
@@ -95,6 +101,9 @@ inline uint64_t matrix_at(const void* first_row, int next = 16) {
   return 1ull << 62 | 64ull << 32 | uint64_t(next / 16) << 16 | (shared_address(first_row) & 0x3ffff) / 16;
 }
 inline uint64_t moved(uint64_t matrix, int bytes) { return matrix + bytes / 16; }
+
+// The hardware permutes by bits of the address.
+inline uint32_t permuted(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // Element (row, column) of a matrix whose rows lie side by side, at most 64 columns of it.
 template <class T>
