@@ -166,8 +166,16 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
   const auto add = [&](int i) { sums.add(pairs.read(key_at(i)), pairs.read(value_at(i)), weight_at(i)); };
   bool joins = merges(run);
   {  // what this run's first token may merge into
-    int from = run;
-    while (run - from < limit - 1 && (from > 0 || in.window) && merges(from)) --from;
+    constexpr int kAtOnce = D / 8;  // tokens, one a lane
+    const uint32_t lanes = lanes_of_row<D>();
+    int from = run, merging;
+    do {
+      const int i = from - thread % kLanes<D>;
+      const bool goes_on = run - i < limit - 1 && (i > 0 || in.window) && merges(i);
+      const uint32_t ends = __ballot_sync(lanes, !goes_on) >> (__ffs(lanes) - 1);
+      merging = ends ? __ffs(ends) - 1 : kAtOnce;
+      from -= merging;
+    } while (merging == kAtOnce);
     if (!in.window && from == 0 && merges(0)) {
       sums.total = cache.total[state];
       sums.key = SegmentSums::scaled(pairs.read(cache.mean + state * 2 * D), sums.total);

@@ -173,10 +173,11 @@ def test_long_chunk(kernels, kernel, fresh_seed):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("window", [12, 0, 1, 30])
-def test_chunks_continue_open_segments(kernels, kernel, window, fresh_seed):
-    shape = CacheShape(1, 2, 4, 2, 64, 200, window)
-    plan = [([], 1, {0: 21}), ([], 1, {0: 33, 1: 3}), ([0], 3, {1: 18}), ([], 1, {0: 9, 1: 40}), ([1, 0], 2, {})]
+@pytest.mark.parametrize("window", [12, 0, 1, 50])
+@pytest.mark.parametrize("channels", [64, 256])
+def test_chunks_continue_open_segments(kernels, kernel, window, channels, fresh_seed):
+    shape = CacheShape(1, 2, 4, 2, channels, 200, window)
+    plan = [([], 1, {0: 21}), ([], 1, {0: 53, 1: 3}), ([0], 3, {1: 18}), ([], 1, {0: 9, 1: 40}), ([1, 0], 2, {})]
     for merging, capability in ((0.9, "9.0"), (3.0, "9.0"), (0.9, "8.0"), (3.0, "8.0")):
         options = dict(pairs=32, interleaved=False, seed=fresh_seed, capability=capability)
         compare(kernel, shape, torch.bfloat16, plan, merging=merging, **options)
