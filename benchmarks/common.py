@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 30) -> float:
 
     The graph holds several calls where one is short. Inputs should be larger than the L2 cache.
     """
+    torch.cuda.synchronize()  # inputs may still be in the making
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -106,3 +107,35 @@ def table(rows: list[dict], columns: list[str]) -> str:
 
     lines = [columns, ["---"] * len(columns), *([cell(row.get(c, "")) for c in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def attempt[T](case: str, run: Callable[[], T], failures: dict[str, str]) -> T | None:
+    """What `run` returns; or `None`, with the reason noted, so that what fails does not hide the rest."""
+    try:
+        return run()
+    except Exception as error:
+        failures[case] = f"{type(error).__name__}: {error}"[:500]
+        print(f"{case} failed: {failures[case]}", flush=True)
+        return None
+
+
+def decisions(shape: Sequence[int], merging: float, offset: float, device: str) -> torch.Tensor:
+    """Last channels of keys, of which a share `merging` decides to merge."""
+    return offset + 2.0 * (torch.rand(*shape, device=device) < merging) - 1.0
+
+
+def projection(
+    tokens: Sequence[int], heads: int, kv_heads: int, channels: int, merging: float, offset: float, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values `[*tokens, h|g, d]` in bfloat16, as the layer makes them of one fused projection."""
+    group = heads // kv_heads
+    qkv = torch.randn(*tokens, kv_heads, group + 2, channels, device=device, dtype=torch.bfloat16)
+    qkv[..., group, -1] = decisions((*tokens, kv_heads), merging, offset, device).bfloat16()
+    query = qkv[..., :group, :].flatten(-3, -2) if group > 1 else qkv[..., 0, :]
+    return query, qkv[..., group, :], qkv[..., group + 1, :]
+
+
+def rotary_angles(tokens: int, channels: int, device: str) -> torch.Tensor:
+    """`[tokens, channels / 2]`, by position."""
+    frequencies = 500000.0 ** (-torch.arange(0, channels, 2, device=device) / channels)
+    return torch.arange(tokens, device=device)[:, None] * frequencies

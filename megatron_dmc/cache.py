@@ -86,7 +86,7 @@ class CacheShape:
         return 2 * self.page_entries * (self.channels + 4 if self.fp8 else self.channels * dtype.itemsize)
 
     def fixed_bytes(self, dtype: torch.dtype) -> int:
-        """All that is not pages: block tables, lengths, and the state of open segments."""
+        """Block tables, lengths, and the state of open segments."""
         per_head = 4 * self.max_pages + 4 + self.state_bytes(dtype)
         return self.layers * (self.slots + 1) * self.kv_heads * per_head
 
@@ -106,7 +106,8 @@ class CacheStatistics:
         entries: `[layers, slots, kv_heads]` entries of each head.
         pages: in the pool.
         pages_free: of them not taken.
-        entry_bytes, page_bytes, fixed_bytes: of the entries, of the pages taken, and of all that is not pages.
+        entry_bytes, page_bytes, fixed_bytes: of the entries, of the pages taken, and of block tables, lengths and open
+            segments (the free list has 4 more for every page).
     """
 
     tokens: Tensor
