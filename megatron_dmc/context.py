@@ -63,6 +63,7 @@ class PagedContext(BaseInferenceContext):
         self.cache = cache
         self.layers = {layer.layer_number: i for i, layer in enumerate(layers)}
         self.step: Step | None = None
+        self._kept: list[tuple[Tensor, tuple, Tensor]] | None = None
         self._groups = [group for group in groups if get_pg_size(group) > 1]
 
     def begin(
@@ -75,6 +76,7 @@ class PagedContext(BaseInferenceContext):
     ) -> Step:
         self.step = self.cache.begin(slots, new_tokens, chunk_slots=chunk_slots, chunk_lengths=chunk_lengths)
         self._agree()
+        self._kept = self._open_entries() if self._groups and chunk_lengths else None
         return self.step
 
     def positions(self) -> Tensor:
@@ -84,14 +86,36 @@ class PagedContext(BaseInferenceContext):
     def commit(self) -> None:
         if self.step.chunk_lengths:  # whose pages were taken by the layers
             self._agree()
+        if self._kept is not None:
+            for stored, at, kept in self._kept:
+                stored[at] = torch.where(self.step.ok, stored[at], kept)
         self.cache.commit(self.step)
-        self.step = None
+        self.step = self._kept = None
 
     def _agree(self) -> None:
         for group in self._groups:
             ok = self.step.ok.to(torch.int32)
             torch.distributed.all_reduce(ok, torch.distributed.ReduceOp.MIN, group=group)
             self.step.ok.copy_(ok > 0)
+            self.cache.dry |= ~self.step.ok
+
+    def _open_entries(self) -> list[tuple[Tensor, tuple, Tensor]]:
+        """The last entries of the step's sequences: where they are stored, and they themselves.
+
+        When a layer finds no pages for a chunk on one rank, the layers after it do not know that on the others. They
+        go on from what it left undone, and may merge that into an open entry.
+        """
+        cache, slots = self.cache, torch.cat([self.step.slots, self.step.chunk_slots])
+        rows = torch.where(slots >= 0, slots, cache.shape.slots)
+        last = cache.lengths[:, rows].long() - 1
+        place = last.clamp(min=0)
+        page = cache.table[:, rows].gather(-1, (place // cache.shape.page_entries)[..., None]).flatten()
+        exists = (last >= 0).flatten()
+        # A head without entries stands for the first one that has some: written twice, it stays what it is.
+        heads = torch.where(exists, torch.arange(len(exists), device=exists.device), exists.int().argmax())
+        at = page.clamp(min=0).long()[heads], slice(None), place.flatten()[heads] % cache.shape.page_entries
+        stored = (cache.pages.view(torch.uint8), cache.scales)  # bytes: not every dtype can be chosen from
+        return [(x, at, x[at]) for x in stored if x is not None]
 
     # What Megatron asks a context.
 

@@ -86,7 +86,7 @@ class _Results:
     owners: dict[int, _Sequence]  # by slot, when it was launched
     chosen: Tensor  # -1 where there is no token
     ok: Tensor
-    crowding: int  # how often room had been made before it was launched
+    crowding: int  # how often there had come to be more room before it was launched
     arrived: torch.cuda.Event | None = None
 
 
@@ -143,7 +143,7 @@ class Generation:
         self._running: dict[int, _Sequence] = {}  # by slot, in the order of arrival
         self.ended: set[int] = set()
         """Prompts that nothing more will follow."""
-        self._crowding, self._crowded = 0, False  # how often room was made; whether the waiting have to wait
+        self._crowding, self._crowded = 0, False  # how often pages came back; whether the waiting have to wait
 
         where = dict(dtype=torch.int64, device=loaded.device)
         self._every_slot = torch.arange(slots, **where)
@@ -296,7 +296,8 @@ class Generation:
         if results.arrived is not None:
             results.arrived.synchronize()
         if not results.ok:
-            if results.crowding == self._crowding:  # else someone has made room since it was launched
+            self._cache.clear_dry()
+            if results.crowding == self._crowding:  # else there is more room than when it was launched
                 self._make_room()
             return
         for slot, token in enumerate(results.chosen.tolist()):
@@ -315,7 +316,6 @@ class Generation:
         self._waiting.appendleft(sequence)
         self._crowding += 1
         self._crowded = True
-        self._cache.clear_dry()
 
     # Both.
 
@@ -349,6 +349,7 @@ class Generation:
             self._release(slot)
             del self._running[slot]
             self.ended.add(sequence.index)
+            self._crowding += 1
             self._crowded = False
         if not at_end:
             sequence.tokens.append(token)

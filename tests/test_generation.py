@@ -130,6 +130,21 @@ def test_a_crowded_cache_delays_but_loses_nothing(fresh_seed, monkeypatch):
     assert generation._cache._free_count == 14 and not generation._cache.dry
 
 
+def test_a_sequence_that_ends_makes_room(fresh_seed):
+    """Its last token is read when the next step has been launched already, and has found the pool dry."""
+    model = gpt(config(), DMCConfig(dmc_stage="retrofit", dmc_init_val=9.0)).eval()  # appends every token
+    while True:
+        prompts = prompts_of(12, 3)
+        expected = [without_cache(model, p, 9, eod=-1) for p in prompts]
+        end = expected[1][4]  # comes with the step before the one for which the other sequence needs more pages
+        if end not in expected[0] + expected[1][:4]:
+            break
+    generation = Generation(loaded(model, eod=end), prompts, 9)
+    generation._cache._free_count.fill_(8)  # one page a head for each, or two for one
+    assert gathered(generation, 2) == [expected[0], expected[1][:4]]
+    assert generation._cache._free_count == 8 and not generation._cache.dry
+
+
 def test_a_cache_too_small_for_one_sequence_says_so(fresh_seed):
     model = gpt(config(), DMCConfig(dmc_stage="retrofit", dmc_init_val=9.0)).eval()  # appends every token
     generation = Generation(loaded(model, eod=-1), prompts_of(30), 9)

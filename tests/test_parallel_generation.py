@@ -1,0 +1,65 @@
+"""Generation by tensor-parallel ranks and by pipeline stages: the text of one process, also where one rank runs dry."""
+
+import pytest
+import torch
+from conftest import HAVE_GPU
+from runs import launcher, python
+from split_generate import CHUNK, LAYOUTS, PROMPTS, STEPS, WINDOWS, build, scenarios
+from test_generation import prompts_of
+
+from megatron_dmc import generation
+
+pytestmark = [
+    pytest.mark.usefixtures("megatron"),
+    pytest.mark.skipif(HAVE_GPU, reason="float64, for which there is only the reference, which no CUDA graph captures"),
+]
+SPLIT = dict(TP=2, PP=0)
+"""What the ranks share out of `[layers, slots, heads]`."""
+
+
+def test_two_ranks_generate_as_one(tmp_path, fresh_seed, monkeypatch):
+    from megatron.core import dist_checkpointing
+
+    monkeypatch.setattr(generation, "MAX_CHUNK", CHUNK)
+    given = dict(prompts=prompts_of(*PROMPTS), tokens=torch.randint(0, 64, (5, 16)))
+    torch.save(given, tmp_path / "given.pt")
+    alone = {}
+    for window in WINDOWS:
+        model, folder = build(window), tmp_path / str(window)
+        folder.mkdir()
+        dist_checkpointing.save(model.sharded_state_dict(), str(folder))
+        alone[window] = scenarios(model, **given)
+    run = python(*launcher(2), "tests/split_generate.py", tmp_path)
+    assert run.code == 0, run.output[-12000:]
+
+    dry_when = set()
+    for layout in LAYOUTS:
+        ranks = [torch.load(tmp_path / f"{layout} {rank}.pt") for rank in range(2)]
+        for window in WINDOWS:
+            for name in ranks[0][window]:
+                where, found = f"{layout}, window {window}, {name}", [rank[window][name] for rank in ranks]
+                compare(found, alone[window][name.partition(",")[0]], SPLIT[layout], where)
+                failed = {(when, kind) for when, kind, ok, _ in found[0]["notes"] if not ok}
+                assert bool(failed) == ("dry" in name), where
+                dry_when |= failed
+    assert dry_when >= {("begun", "decoding"), ("committed", "chunks")}, "no rank ran dry: nothing was tested"
+
+
+def compare(found, expected, split, where):
+    assert found[0]["notes"] == found[1]["notes"], f"{where}: the ranks do not agree"
+    for rank, x in enumerate(found):
+        assert (x["lost"], x["left"]) == (0, 0), f"{where}, rank {rank}: pages or entries left"
+    if "text" in expected:
+        for rank, x in enumerate(found):
+            for name in ("text", "tokens"):
+                assert x[name] == expected[name], f"{where}, rank {rank}: {name}"
+        assert sum(x["entries"] for x in found) == expected["entries"], where
+        return
+    for rank, x in enumerate(found):
+        error = (x["logits"] - expected["logits"]).abs().max()
+        assert error < 1e-6, f"{where}, rank {rank}: logits are off by {error}"
+        assert x["tokens"].equal(expected["tokens"]), f"{where}, rank {rank}: tokens"
+    entries = torch.cat([x["entries"] for x in found], split)
+    assert entries.equal(expected["entries"]), where
+    assert entries.sum() < 8 * expected["tokens"].sum(), "nothing was merged"
+    assert sum(not ok for _, _, ok, _ in found[0]["notes"]) == STEPS * ("dry" in where), where
