@@ -15,8 +15,8 @@ from megatron_dmc.config import DMCError
 from megatron_dmc.megatron_hooks import dmc_layers
 
 
-def cache_shape(model: torch.nn.Module, *, slots: int, max_tokens: int) -> CacheShape:
-    """What a cache for `model`, or this rank's part of it, has to hold.
+def cache_shape(model: torch.nn.Module, *, slots: int, max_tokens: int, fp8: bool = False) -> CacheShape:
+    """What a cache for `model`, or this rank's part of it, has to hold; the rest as for `CacheShape`.
 
     Raises:
         DMCError: for a model without DMC.
@@ -32,6 +32,7 @@ def cache_shape(model: torch.nn.Module, *, slots: int, max_tokens: int) -> Cache
         channels=layers[0].hidden_size_per_attention_head,
         max_tokens=max_tokens,
         window=layers[0].core_attention.compression.config.dmc_window_size,
+        fp8=fp8,
     )
 
 

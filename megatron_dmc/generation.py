@@ -55,6 +55,7 @@ class CacheReport:
         heads: caches of each sequence, layers times KV heads.
         entries: entries kept, summed over sequences and heads.
         entry_bytes: bytes of those entries' keys and values.
+        vanilla_bytes: bytes of all tokens' keys and values, in the model's dtype.
         state_bytes: bytes of one sequence's open segments, which do not grow with it.
     """
 
@@ -63,6 +64,7 @@ class CacheReport:
     heads: int
     entries: int
     entry_bytes: int
+    vanilla_bytes: int
     state_bytes: int
 
     @property
@@ -106,6 +108,7 @@ class Generation:
         slots: sequences at once, at most.
         cache_gib: memory for the cache in GiB. By default as much as all sequences may need; on a GPU at most 90% of
             what is free.
+        fp8: store entries in 8 bits (`CacheShape`).
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class Generation:
         *,
         slots: int = 64,
         cache_gib: float | None = None,
+        fp8: bool = False,
     ) -> None:
         if not prompts or not all(prompts):
             raise DMCError("the prompt has no tokens" if prompts else "there is no prompt")
@@ -137,7 +141,7 @@ class Generation:
             )
         self._loaded, self._on_gpu = loaded, loaded.device.type == "cuda"
         slots = min(slots, len(prompts))
-        self._context = self._make_context(slots, prompts, max_new_tokens, cache_gib)
+        self._context = self._make_context(slots, prompts, max_new_tokens, cache_gib, fp8)
         self._cache = self._context.cache
         self._waiting = deque(_Sequence(i, list(p), max_new_tokens) for i, p in enumerate(prompts))
         self._running: dict[int, _Sequence] = {}  # by slot, in the order of arrival
@@ -154,10 +158,12 @@ class Generation:
         self._random = torch.Generator(loaded.device).manual_seed(self.sampling.seed)
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def _make_context(self, slots: int, prompts: list, max_new_tokens: int, gib: float | None) -> PagedContext:
+    def _make_context(
+        self, slots: int, prompts: list, max_new_tokens: int, gib: float | None, fp8: bool
+    ) -> PagedContext:
         model, device = self._loaded.model, self._loaded.device
         dtype = next(model.parameters()).dtype
-        shape = cache_shape(model, slots=slots, max_tokens=max(map(len, prompts)) + max_new_tokens)
+        shape = cache_shape(model, slots=slots, max_tokens=max(map(len, prompts)) + max_new_tokens, fp8=fp8)
         if gib is not None:
             pages = PagedCache.pages_in(shape, dtype, gib=gib)
         else:
@@ -196,6 +202,7 @@ class Generation:
             heads=shape.layers * shape.kv_heads,
             entries=entries,
             entry_bytes=entries * shape.page_bytes(self._cache.dtype) // shape.page_entries,
+            vanilla_bytes=tokens * shape.layers * shape.kv_heads * 2 * shape.channels * self._cache.dtype.itemsize,
             state_bytes=shape.layers * shape.kv_heads * shape.state_bytes(self._cache.dtype),
         )
 

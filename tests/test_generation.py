@@ -116,6 +116,22 @@ def test_batches_equal_single_sequences(fresh_seed, slots, monkeypatch):
     assert generation._cache._free_count == len(generation._cache.pages)
 
 
+def test_entries_in_8_bits(fresh_seed):
+    model, prompts = gpt(config()).eval(), prompts_of(20, 3)
+    reports = []
+    for fp8 in (False, True):
+        generation = Generation(loaded(model, eod=-1), prompts, 9, fp8=fp8)
+        found = gathered(generation, 2)
+        assert [len(tokens) for tokens in found] == [9, 9]
+        assert generation._cache._free_count == len(generation._cache.pages)
+        reports.append(generation.report)
+    exact, rounded = reports
+    channels = exact.vanilla_bytes // (2 * 4 * exact.tokens * exact.heads)  # in float32
+    assert exact.entry_bytes == exact.entries * 2 * 4 * channels
+    assert rounded.entry_bytes == rounded.entries * 2 * (channels + 4)
+    assert rounded.vanilla_bytes == exact.vanilla_bytes
+
+
 def test_a_crowded_cache_delays_but_loses_nothing(fresh_seed, monkeypatch):
     model = gpt(config()).eval()
     prompts = prompts_of(20, 31, 7, 25)

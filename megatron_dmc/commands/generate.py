@@ -44,6 +44,7 @@ def main() -> None:
         type=float,
         help="memory for the cache in GiB (default: what the prompts need; on a GPU at most 90%% of what is free)",
     )
+    parser.add_argument("--cache-fp8", action="store_true", help="store the cache's entries in 8 bits")
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
     args = parser.parse_args()
 
@@ -55,7 +56,8 @@ def main() -> None:
     from megatron_dmc.checkpoint import load
 
     loaded = load(args.checkpoint, tokenizer_model=args.tokenizer_model)
-    _generate(loaded, prompts, args.max_new_tokens, sampling, slots=args.batch_size, cache_gib=args.cache_gib)
+    options = dict(slots=args.batch_size, cache_gib=args.cache_gib, fp8=args.cache_fp8)
+    _generate(loaded, prompts, args.max_new_tokens, sampling, **options)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -102,7 +104,7 @@ def _generate(loaded, prompts: list[str], max_new_tokens: int, sampling, **optio
         f"[{report.sequences} prompt{'s' * (report.sequences > 1)}, {report.tokens} tokens in; "
         f"{report.entries / report.heads / report.sequences:.1f} entries kept per head and prompt, "
         f"ratio {report.ratio:.2f}; "
-        f"cache {report.entry_bytes:,} bytes instead of {round(report.entry_bytes * report.ratio):,}, "
+        f"cache {report.entry_bytes:,} bytes instead of {report.vanilla_bytes:,}, "
         f"open segments {report.state_bytes:,} bytes a prompt]",
         file=sys.stderr,
         flush=True,
