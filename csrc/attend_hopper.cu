@@ -1,11 +1,13 @@
 // Attention of prompts' chunks on Hopper: what attend_kernel in paged_chunks.cu computes, by its asynchronous copies and
 // products.
 //
-// A block stays and takes tile after tile: 128 queries of one KV head, tokens times heads of the group. Its warps have
+// First, a kernel of its own rotates all queries. Until a query's output is known, it lies where that will be.
+//
+// Then a block stays and takes tile after tile: 128 queries of one KV head, tokens times heads of the group. Its warps have
 // four roles, and meet at barriers in shared memory.
 //
 //   copies     one warp: pages of entries into two stages of keys and two of values
-//   queries    three warps: the next tile's queries, rotated, while this tile is attended
+//   queries    three warps: the next tile's queries, while this tile is attended
 //   attention  two times four warps, 64 queries each; their products take turns, so that one group's softmax runs
 //              beside the other's products. A group begins the next scores before it needs them.
 //
@@ -148,34 +150,41 @@ __device__ void copy_entries(const Attend& a, Memory<T, D>& memory) {
   });
 }
 
-// Rotate a tile's queries where they lie, and find the scores of own entries that lie beside.
+constexpr int kTurnThreads = 256, kTurnRows = 4;  // of the same lanes, at once
+
+// Rotate queries, and find their scores with own entries that lie beside.
 template <class T, int D, Pairing kPairing>
-__device__ void rotate_queries(const PagedChunks& p, const Tile& t, T* queries, TileInfo& info) {
-  constexpr int kAtOnce = kQueryThreads / kLanes<D>;
-  const int thread = threadIdx.x - 32, lane_of_row = thread % kLanes<D>;
-  const LanePairs<D, kPairing> pairs(p.in.rotary, lane_of_row * 4);
-  const int64_t position = p.cache.tokens[p.in.slots[t.chunk]];
-#pragma unroll 2
-  for (int pass = 0; pass < (kQueries + kAtOnce - 1) / kAtOnce; ++pass) {
-    const int row = pass * kAtOnce + thread / kLanes<D>, inside = min(row, kQueries - 1);
-    Rotation rotation;
-    rotation.read(p.in.rotary, pairs, Rotation::offset(p.in.rotary, int(position) + t.token(inside), 0));
-    const int own = row < kQueries ? info.own[row] : -1;
+__global__ void __launch_bounds__(kTurnThreads) turn_kernel(const __grid_constant__ PagedChunks p) {
+  constexpr int kAtOnce = kTurnThreads / kLanes<D>;
+  const NewTokens& in = p.in;
+  const int kv_heads = in.shape.kv_heads, group = in.shape.group, kv_head = blockIdx.x, chunk = blockIdx.y;
+  const int first = p.first_token[chunk], count = p.first_token[chunk + 1] - first, rows = count * group;
+  const int first_row = blockIdx.z * kAtOnce * kTurnRows + threadIdx.x / kLanes<D>;
+  if (!*in.ok || int(blockIdx.z) * kAtOnce * kTurnRows >= rows) return;
+  const LanePairs<D, kPairing> pairs(in.rotary, threadIdx.x % kLanes<D> * 4);
+  const int position = int(p.cache.tokens[in.slots[chunk]]);
+#pragma unroll
+  for (int i = 0; i < kTurnRows; ++i) {
+    const int row = first_row + i * kAtOnce, inside = min(row, rows - 1), token = inside / group, head = kv_head * group + inside % group;
+    const int64_t index = int64_t(first + token) * kv_heads + kv_head;
+    const bool beside = token + 1 < count && p.entry[index + kv_heads] == p.entry[index];
     PairValues key = {};
-    if (own >= 0) key = pairs.read(static_cast<const T*>(p.own) + int64_t(own) * 2 * D);
-    const auto at = [&](int channel) { return place<T, kQueries>(queries, inside, channel); };
-    const PairPack<T> pack = pairs.template pack<T>(rotation.apply(pairs.values(pairs.template read_pack<T>(at)), pairs.have_last()));
-    if (row < kQueries) pairs.write_pack(at, pack);
+    if (beside) key = pairs.read(static_cast<const T*>(p.own) + index * 2 * D);
+    Rotation rotation;
+    rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, position + token, 0));
+    const T* const query = static_cast<const T*>(in.query) + (first + token) * in.query_stride.token + head * in.query_stride.head;
+    const PairPack<T> pack = pairs.template pack<T>(rotation.apply(pairs.read(query), pairs.have_last()));
     const float score = dot<D>(pairs.values(pack), key);
-    if (row < kQueries && lane_of_row == 0) info.own_score[row] = score;
+    if (row >= rows) continue;
+    pairs.write_pack(static_cast<T*>(in.output) + (first + token) * in.output_stride.token + head * in.output_stride.head, pack);
+    if (beside && threadIdx.x % kLanes<D> == 0) p.own_score[int64_t(first + token) * kv_heads * group + head] = score;
   }
 }
 
-// Three warps make the queries of their block's tiles ready.
+// Three warps fetch the queries of their block's tiles.
 template <class T, int D>
 __device__ void prepare_queries(const Attend& a, Memory<T, D>& memory) {
   constexpr int kPieces = D / 8;  // of a row, 16 bytes each
-  static_assert(kPieces == kLanes<D>);  // so that the lanes that rotate a row are those that copied it
   const PagedChunks& p = a.p;
   const NewTokens& in = p.in;
   const int thread = threadIdx.x - 32;
@@ -187,24 +196,21 @@ __device__ void prepare_queries(const Attend& a, Memory<T, D>& memory) {
     for (int row = thread / kPieces; row < kQueries; row += kQueryThreads / kPieces) {
       const int channel = thread % kPieces * 8, token = t.token(row), head = t.kv_head * t.group + (t.first_row + row) % t.group;
       copy_16_bytes(shared_address(place<T, kQueries>(queries, row, channel)),
-                    static_cast<const T*>(in.query) + (t.first + token) * in.query_stride.token + head * in.query_stride.head + channel,
+                    static_cast<const T*>(in.output) + (t.first + token) * in.output_stride.token + head * in.output_stride.head + channel,
                     row < t.rows);
     }
     end_of_copies();
     for (int row = thread; row < kQueries; row += kQueryThreads) {
-      const Seen seen(p, t, t.token(row));
+      const int token = t.token(row), head = t.kv_head * t.group + (t.first_row + row) % t.group;
+      const Seen seen(p, t, token);
+      const bool beside = !seen.own && row < t.rows;
       info.limit[row] = seen.limit;
-      info.own[row] = seen.own || row >= t.rows ? -1 : int(seen.index);
+      info.own[row] = beside ? int(seen.index) : -1;
+      info.own_score[row] = beside ? p.own_score[int64_t(t.first + token) * in.shape.kv_heads * t.group + head] : 0.f;
       if (row == kQueries - 1) info.steps = (seen.limit + Memory<T, D>::kKeys - 1) / Memory<T, D>::kKeys;
     }
     if (thread == 0) info.kv_head = t.kv_head, info.chunk = t.chunk, info.first_row = t.first_row;
     wait_for_own_copies<0>();
-    named_wait(3, kQueryThreads);
-    switch (pairing_of(in.rotary)) {
-      case Pairing::kHalves: rotate_queries<T, D, Pairing::kHalves>(p, t, queries, info); break;
-      case Pairing::kInterleaved: rotate_queries<T, D, Pairing::kInterleaved>(p, t, queries, info); break;
-      default: rotate_queries<T, D, Pairing::kAny>(p, t, queries, info);
-    }
     show_writes();
     arrive(&memory.queries_full[turn.buffer()]);
     ++turn.n;
@@ -377,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_hopper_kernel(const __grid
 #endif
 }
 
-template <class T, int D>
+template <class T, int D, Pairing kPairing>
 cudaError_t launch(const PagedChunks& p, DType dtype, int64_t rows, cudaStream_t stream) {
   constexpr int bytes = sizeof(Memory<T, D>);
   Attend a{p};
@@ -390,6 +396,9 @@ cudaError_t launch(const PagedChunks& p, DType dtype, int64_t rows, cudaStream_t
   if (auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
   if (auto error = cudaFuncSetAttribute(attend_hopper_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
+  constexpr int kTurned = kTurnThreads / kLanes<D> * kTurnRows;
+  const dim3 turns(shape.kv_heads, shape.batch, (p.longest * shape.group + kTurned - 1) / kTurned);
+  turn_kernel<T, D, kPairing><<<turns, kTurnThreads, 0, stream>>>(p);
   const int blocks = min(processors, a.tiles);
   attend_hopper_kernel<T, D><<<blocks, kThreads, bytes, stream>>>(a);
   return cudaGetLastError();
@@ -408,9 +417,9 @@ bool attend_hopper_takes(const PagedChunks& p) {
 }
 
 cudaError_t attend_hopper(const PagedChunks& p, DType dtype, cudaStream_t stream) {
-  return dispatch(dtype, p.in.shape.channels, [&]<class T, int D>() {
+  return dispatch(dtype, p.in.shape.channels, p.in.rotary, [&]<class T, int D, Pairing kPairing>() {
     if constexpr (sizeof(T) == 2 && D % 64 == 0)
-      return launch<T, D>(p, dtype, p.cache.rows, stream);
+      return launch<T, D, kPairing>(p, dtype, p.cache.rows, stream);
     else
       return cudaErrorInvalidValue;
   });

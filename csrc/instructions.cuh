@@ -49,6 +49,9 @@ __device__ inline void copy_16_bytes(uint32_t to, const void* from, bool exists)
 // Copies since the last call form a group.
 __device__ inline void end_of_copies() { asm volatile("cp.async.commit_group;"); }
 
+// What this thread has written is seen by those that see what it writes from now on, and the other way round.
+__device__ inline void share_writes() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+
 // Until all but the last `kPending` groups of copies have arrived, for all threads.
 template <int kPending>
 __device__ inline void wait_for_copies() {

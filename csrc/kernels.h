@@ -151,10 +151,10 @@ struct PagedAttention {
   const int* first_unit;  // [b * g + 1] units of work of the heads before
   const int* first_head;  // [workers] the head that a worker's first unit belongs to
   float* partial;         // [workers, 2, tiles of 16 queries, 16, d + 2]
-  int* arrived;           // [b * g, tiles of 16 queries], 0 before and after
+  int* arrived;           // [b * g + 2 * workers, tiles of 16 queries], 0 before and after
 };
 
-// Units of work of a head beside one for every 16 entries, for its new tokens.
+// A unit of work is as long as it takes to attend to so many entries.
 constexpr int kUnitEntries = 16;
 
 // Chunks of prompts: any number of tokens of each of c sequences, one after the other; in `in`, tokens are all of them,
@@ -169,6 +169,7 @@ struct PagedChunks {
   int* entry;              // [tokens, g] the entry of its head that a token is part of
   float* weight;           // [tokens, g]
   void* own;               // [tokens, g, 2, d] a token's entry as it stood then, if the next token changed it
+  float* own_score;        // [tokens, h] of its queries with it, where attend_hopper needs it
   void* last;              // [c, g, window - 1, 2, d] each chunk's last tokens, for the ring
   float* last_weights;     // [c, g, window - 1]
 };

@@ -1,25 +1,31 @@
 // New tokens meet the paged cache, one launch a layer: decide, merge or append, rotate, write, attend, combine.
 //
-// Work comes in units: for every sequence and KV head one for its new tokens, and then one for every 16 closed entries. The
-// units of a layer are numbered head by head and dealt out in equal runs to the workers. A worker is a warp, and all by
-// itself: its copies of entries run ahead of it, over the borders of heads; no barrier stops them. Whoever gets a head's
-// first unit also merges its new tokens and writes them into the cache. Where a head's units fall to several workers, the last one
-// to finish combines what they found. Nothing that a launch reads is written in it: merging reads tokens that the ring
-// still holds, attention reads entries that are closed, and lengths are committed after the step.
+// Work comes in units: for every sequence and KV head some for its new tokens, as many as they take time, and then one for
+// every 16 entries. The units of a layer are numbered head by head and dealt out in equal runs to the workers. A worker is a
+// warp, and all by itself: its copies of entries run ahead of it, over the borders of heads; no barrier stops them. Whoever
+// gets a head's first unit merges its new tokens and writes them into the cache. Where a head's units fall to several
+// workers, the last one to finish combines what they found; where they are many, first in every group of eight. Nothing that a launch
+// reads is written in it: merging reads tokens that the ring still holds, attention reads entries that are closed, and
+// lengths are committed after the step.
 #include "hopper.cuh"
 #include "paged.cuh"
 
 namespace dmc {
 namespace {
 
-constexpr int kRows = 16;  // queries at once: new tokens times heads of a group
+constexpr int kRows = 16;   // queries at once: new tokens times heads of a group
+constexpr int kGroup = 8;   // workers that combine what they found before others do
 
 template <class T, class S, int D>
 struct PagedMemory {
   using Stage = Staging<T, S, D, kUnitEntries, 32>;
-  static constexpr int kStages = D <= 128 ? 4 : 3;
-  static constexpr int kQueryBytes = Rows<T, D>::bytes(kRows);
+  // Stages of about 24 KiB together, so that nine workers fit.
+  static constexpr int kStages = Stage::kScaled || D == 96 ? 4 : D == 64 ? 6 : 3;
+  static constexpr bool kQueriesInRegisters = D <= 128;  // else they have memory of their own
+  static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : Rows<T, D>::bytes(kRows);
+  static constexpr int kAtOnce = D <= 128 ? 8 : 4;  // workers on a multiprocessor
   static constexpr int kBytes = kQueryBytes + Stage::kReadyBytes + kStages * (Stage::kStageBytes + sizeof(Barrier));
+  static_assert(Stage::kStageBytes >= Rows<T, D>::bytes(kRows));  // queries pass through one
 };
 
 #if (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900) || defined(MEGATRON_DMC_EMULATES_AMPERE)
@@ -109,29 +115,36 @@ struct Copies {
 
 // One head of one sequence, and what a worker has to do with it.
 struct Work {
-  int head, batch, kv_head, units, from, to;  // units [from, to) of the head's
-  int64_t slot, kv_row, position;
-  int length, closed;  // entries: all, and those that no new token changes
+  int head, batch, kv_head;
+  int from, to;  // units [from, to) of its entries
+  bool has_new;  // and whether its new tokens
+  int64_t slot, kv_row;
+  int position, length, closed;  // tokens before; entries: all, and those that no new token changes
   const int* table;
   bool merges;  // whether the first new token does
 
   __device__ bool nobody() const { return slot < 0; }
-  __device__ bool has_new() const { return from == 0; }
-  // The entries of a unit, and where they end: nothing to read for new tokens, and behind the last unit.
-  __device__ static int first_entry(int unit) { return max(unit - 1, 0) * kUnitEntries; }
-  __device__ int bound(int unit) const { return unit > 0 && unit < to ? closed : 0; }
+  // Its stages: one that its queries pass through, another one for its new tokens, then its units of entries.
+  __device__ int first_stage() const { return has_new ? -2 : -1; }
+  __device__ int next_stage(int stage) const { return stage == -1 ? from : stage + 1; }
+  __device__ bool has_stage(int stage) const { return stage < 0 || stage < to; }
+  // The entries of a stage, and where they end: there are none for queries and new tokens, and behind the last unit.
+  __device__ static int first_entry(int stage) { return max(stage, 0) * kUnitEntries; }
+  __device__ int bound(int stage) const { return stage >= 0 && stage < to ? closed : 0; }
 };
 
 template <class T>
 __device__ Work work_of(const PagedAttention& p, int head, int begin, int end) {
-  const int kv_heads = p.in.shape.kv_heads, start = p.first_unit[head];
+  const int kv_heads = p.in.shape.kv_heads, start = p.first_unit[head], bound = p.first_unit[head + 1];
   Work w;
   w.head = head, w.batch = head / kv_heads, w.kv_head = head % kv_heads;
-  w.units = p.first_unit[head + 1] - start, w.from = max(begin - start, 0), w.to = min(end - start, w.units);
   w.slot = p.in.slots[w.batch];
   w.kv_row = w.nobody() ? 0 : w.slot * kv_heads + w.kv_head;
-  w.position = w.nobody() ? 0 : p.cache.tokens[w.slot];
-  w.length = p.cache.lengths[w.kv_row];
+  w.position = w.nobody() ? 0 : int(p.cache.tokens[w.slot]);
+  w.length = w.nobody() ? 0 : p.cache.lengths[w.kv_row];
+  const int units = (w.length + kUnitEntries - 1) / kUnitEntries, first = bound - units;  // those before are new tokens'
+  w.has_new = begin <= start;
+  w.from = max(begin - first, 0), w.to = max(min(end - first, units), w.from);
   const T* const key = static_cast<const T*>(p.in.key) + w.batch * p.in.key_stride.batch + w.kv_head * p.in.key_stride.head;
   w.merges = w.position > 0 && to_float(key[p.in.shape.channels - 1]) > p.in.offset;
   w.closed = w.length - w.merges;
@@ -155,6 +168,17 @@ __device__ New decide(const PagedAttention& p, const Work& w) {
   New fresh;
   bool merges = false;
   fresh.weight = 0.f;
+  // The token before is part of the segment; others are as long as those behind them merge.
+  const bool looks_back = in.window && w.merges;
+  const T* const recent = static_cast<const T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
+  const int newest = in.window ? w.position % cache.recent_tokens : 0;
+  const auto decision = [&](int back) {
+    const int place = newest - back;
+    return recent[(place < 0 ? place + cache.recent_tokens : place) * 2 * D + D - 1];
+  };
+  const auto in_window = [&](int back) { return back < in.window - 1 && back < w.position; };
+  T last{};
+  if (looks_back && in_window(1 + lane)) last = decision(1 + lane);  // on its way meanwhile
   if (exists) {
     merges = w.position + lane > 0 && to_float(static_cast<const T*>(in.key)[lane * in.key_stride.token + w.batch * in.key_stride.batch +
                                                                              w.kv_head * in.key_stride.head + D - 1]) > in.offset;
@@ -165,15 +189,11 @@ __device__ New decide(const PagedAttention& p, const Work& w) {
   fresh.merging = __ballot_sync(~0u, merges);
   fresh.surviving = ~(fresh.merging >> 1) & (~0u >> (32 - tokens));
   fresh.open = 0;
-  if (in.window && w.merges) {
-    // The token before is part of the segment; others are as long as those behind them merge.
-    const T* const recent = static_cast<const T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
+  if (looks_back) {
     for (int base = 1; base < in.window; base += 32) {
       const int back = base + lane;
-      const int64_t at = w.position - back;
-      const bool ends = back >= in.window - 1 || at <= 0 ||
-                        !(to_float(recent[at % cache.recent_tokens * 2 * D + D - 1]) > in.offset);
-      const uint32_t votes = __ballot_sync(~0u, ends);
+      if (base > 1 && in_window(back)) last = decision(back);
+      const uint32_t votes = __ballot_sync(~0u, !(in_window(back) && to_float(last) > in.offset));
       if (votes) {
         fresh.open = min(base + __ffs(votes) - 1, in.window - 1);
         break;
@@ -196,6 +216,7 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
   const int64_t next_state = w.kv_row + (in.window ? 0 : (1 - cache.steps[w.slot] % 2) * cache.state_stride);
   T* const recent = static_cast<T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
   float* const recent_weights = cache.recent_weights + w.kv_row * cache.recent_tokens;
+  const int newest = in.window ? w.position % cache.recent_tokens : 0;
 #pragma unroll
   for (int pass = 0; pass < (kParts == 1 ? 2 : 1); ++pass) {
     const int part = kParts == 1 ? pass : lane / kLanes<D>;  // keys, then values
@@ -233,9 +254,21 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
         }
         // back == i + 1: all of the new tokens up to here belong to the segment that was open.
         const int older = back == i + 1 && (fresh.merging & 1) ? min(fresh.open, in.window - back) : 0;
-        for (int j = 1; j <= older; ++j) {
-          const int64_t ring = (w.position - j) % cache.recent_tokens;
-          if (takes_part) add(pairs.read(recent + (ring * 2 + part) * D), recent_weights[ring]);
+        constexpr int kAtOnce = 4;  // reads under way
+        for (int j = 1; j <= older; j += kAtOnce) {
+          PairPack<T> packs[kAtOnce];
+          float weights[kAtOnce];
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) {
+            if (!takes_part || j + k > older) continue;
+            const int place = newest - j - k, ring = place < 0 ? place + cache.recent_tokens : place;
+            packs[k] = pairs.read_pack(recent + (ring * 2 + part) * D);
+            weights[k] = recent_weights[ring];
+          }
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) {
+            if (takes_part && j + k <= older) add(pairs.values(packs[k]), weights[k]);
+          }
         }
       }
       if (!takes_part) continue;
@@ -248,13 +281,13 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
         if (part == 0 && pairs.have_last()) cache.total[next_state] = total;
       }
       if (keeps && in.window) {  // the ring has room for a step's tokens beside those that a window reaches
-        const int64_t ring = (w.position + i) % cache.recent_tokens;
+        const int place = newest + i, ring = place < cache.recent_tokens ? place : place - cache.recent_tokens;
         pairs.write_pack(recent + (ring * 2 + part) * D, pack);
         if (part == 0 && pairs.have_last()) recent_weights[ring] = weight;
       }
       if (part == 0) {
         Rotation rotation;
-        rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, int(w.position) + i, 0));
+        rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, w.position + i, 0));
         mean = rotation.apply(mean, pairs.have_last());
       }
       pairs.write_pack([&](int channel) { return rows.at(part * kRows + i, channel); }, pairs.template pack<T>(mean));
@@ -264,8 +297,96 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
   }
 }
 
+// What workers found of 16 queries of a head: sums of values, and behind them each row's highest score and weight.
+template <int D>
+struct Partial {
+  static constexpr int kFloats = kRows * (D + 2);
+  static constexpr int kVector = D % 128 == 0 ? 4 : D % 64 == 0 ? 2 : 1, kVectors = D / 32 / kVector;
+  float* data;
+
+  __device__ float* sums(int row, int channel) const { return data + row * D + channel; }
+  __device__ float2* total(int row) const { return reinterpret_cast<float2*>(data + kRows * D) + row; }
+  // The channels that a lane combines: kVectors times kVector of them side by side.
+  __device__ static int channel(int vector) { return (vector * 32 + int(threadIdx.x) % 32) * kVector; }
+};
+
+// Combine what `count` workers found, by a warp. `write` takes a row, its sums in this lane's channels, and its total.
+template <int D, class At, class Write>
+__device__ void combine(int count, int rows, At at, Write write) {
+  using P = Partial<D>;
+  constexpr int kAtOnce = 8, kTogether = 256 / D;  // workers and rows, that is, reads under way
+  const int lane = threadIdx.x % 32;
+  for (int first = 0; first < rows; first += kTogether) {
+    float sum[kTogether][P::kVectors][P::kVector] = {}, highest[kTogether], weight[kTogether] = {};
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r) highest[r] = -INFINITY;
+    for (int base = 0; base < count; base += 32) {
+      float factor[kTogether];
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        float2 own = make_float2(-INFINITY, 0.f);
+        if (base + lane < count && first + r < rows) own = *at(base + lane).total(first + r);
+        float top = own.x;
+#pragma unroll
+        for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+        top = fmaxf(top, highest[r]);
+        const float reference = top == -INFINITY ? 0.f : top;  // nothing seen yet
+        const float shrink = power_of_2(highest[r] - reference);
+        highest[r] = top;
+        factor[r] = power_of_2(own.x - reference);
+        weight[r] = weight[r] * shrink + factor[r] * own.y;
+#pragma unroll
+        for (int i = 0; i < D / 32; ++i) sum[r][i / P::kVector][i % P::kVector] *= shrink;
+      }
+      for (int n = base; n < min(base + 32, count); n += kAtOnce) {
+        Pack<float, P::kVector> found[kAtOnce][kTogether][P::kVectors];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+#pragma unroll
+          for (int r = 0; r < kTogether; ++r) {
+#pragma unroll
+            for (int i = 0; i < P::kVectors; ++i) {
+              found[k][r][i] = {};
+              if (n + k < count && first + r < rows)
+                found[k][r][i] = *reinterpret_cast<const Pack<float, P::kVector>*>(at(n + k).sums(first + r, P::channel(i)));
+            }
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+#pragma unroll
+          for (int r = 0; r < kTogether; ++r) {
+            const float share = __shfl_sync(~0u, factor[r], n - base + k);
+#pragma unroll
+            for (int i = 0; i < D / 32; ++i)
+              sum[r][i / P::kVector][i % P::kVector] += share * found[k][r][i / P::kVector][i % P::kVector];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r) {
+#pragma unroll
+      for (int step = 16; step; step /= 2) weight[r] += __shfl_xor_sync(~0u, weight[r], step);
+      if (first + r < rows) write(first + r, sum[r], make_float2(highest[r], weight[r]));
+    }
+  }
+}
+
+// Whether this is the last of `count` warps to arrive; then it sees what the others wrote before they did.
+__device__ inline bool arrives_last(int* arrived, int count) {
+  share_writes();
+  __syncwarp();
+  int last = 0;
+  if (threadIdx.x % 32 == 0) last = atomicAdd(arrived, 1) + 1 == count;
+  if (!__shfl_sync(~0u, last, 0)) return false;
+  share_writes();
+  if (threadIdx.x % 32 == 0) *arrived = 0;  // for the next launch
+  return true;
+}
+
 template <class T, class S, int D>
-__global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_constant__ PagedAttention p) {
+__global__ void __launch_bounds__(32, PagedMemory<T, S, D>::kAtOnce) paged_attention_kernel(const __grid_constant__ PagedAttention p) {
   using Memory = PagedMemory<T, S, D>;
   using Stage = typename Memory::Stage;
   const NewTokens& in = p.in;
@@ -275,7 +396,6 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
   if (!*in.ok) return;
 
   extern __shared__ __align__(16) char memory[];
-  const Rows<T, D> queries{reinterpret_cast<T*>(memory)};
   char* const ready = memory + Memory::kQueryBytes;
   char* const stages = ready + Stage::kReadyBytes;
 
@@ -284,18 +404,18 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
   if (begin >= end) return;
   const int first_head = p.first_head[worker];
 
-  // Copies, kStages - 1 units ahead; their pages are looked up one unit before. New tokens take a stage as well, that
-  // nothing is copied to.
+  // Copies, kStages - 1 stages ahead; their pages are looked up one stage before.
   Copies<T, S, D> copies(stages);
   Work copied = work_of<T>(p, first_head, begin, end);
-  int copied_unit = copied.from;
-  const auto look_up = [&] { copies.look_up(copied.table, Work::first_entry(copied_unit), copied.bound(copied_unit)); };
+  int copied_stage = copied.first_stage();
+  const auto look_up = [&] { copies.look_up(copied.table, Work::first_entry(copied_stage), copied.bound(copied_stage)); };
   look_up();
   const auto copy_next = [&] {
-    copies.begin(p.cache, Work::first_entry(copied_unit), copied.bound(copied_unit));
-    if (copied_unit < copied.to && ++copied_unit == copied.to && p.first_unit[copied.head + 1] < end) {
+    copies.begin(p.cache, Work::first_entry(copied_stage), copied.bound(copied_stage));
+    if (copied.has_stage(copied_stage)) copied_stage = copied.next_stage(copied_stage);
+    if (!copied.has_stage(copied_stage) && copied.head + 1 < all_heads && p.first_unit[copied.head + 1] < end) {
       copied = work_of<T>(p, copied.head + 1, begin, end);
-      copied_unit = copied.from;
+      copied_stage = copied.first_stage();
     }
     look_up();
   };
@@ -317,7 +437,6 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
     for (int i = from * (D / 8) + lane; i < to * (D / 8); i += 32)
       *reinterpret_cast<uint4*>(rows.at(i / (D / 8), i % (D / 8) * 8)) = uint4{};
   };
-  clear(queries, rows, kRows);
 
   for (int head = first_head; head < all_heads && p.first_unit[head] < end; ++head) {
     const Work w = work_of<T>(p, head, begin, end);
@@ -329,14 +448,18 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
     const auto alpha_at = [&](int token) {
       return in.alpha + token * in.alpha_stride.token + w.batch * in.alpha_stride.batch + w.kv_head * in.alpha_stride.head;
     };
-    if (w.nobody()) {  // it has this one unit
+    char* const query_stage = next_stage();
+    if (w.nobody()) {
       next_stage();
       for (int i = lane; i < rows * D; i += 32) output_at(i / D)[i % D] = from_float<T>(0.f);
       if (tile == 0 && lane < tokens) *alpha_at(lane) = 0.f;
       if (tile == 0 && lane == 0) in.new_lengths[head] = 0;
       continue;
     }
-    __syncwarp();  // the queries of the head before are done with
+    constexpr bool kInRegisters = Memory::kQueriesInRegisters;
+    const Rows<T, D> queries{reinterpret_cast<T*>(kInRegisters ? query_stage : memory)};
+    if (!kInRegisters) __syncwarp();  // those of the head before are done with
+    clear(queries, rows, kRows);
     rotate_rows<T, D>(
         in.rotary, queries, rows, 32,
         [&](int row) {
@@ -344,13 +467,19 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
           return static_cast<const T*>(in.query) + row / group * in.query_stride.token + w.batch * in.query_stride.batch +
                  int64_t(w.kv_head * group + row % group) * in.query_stride.head;
         },
-        [&](int row) { return int(w.position) + (first_row + row) / group; });
+        [&](int row) { return w.position + (first_row + row) / group; });
     __syncwarp();
+    uint32_t left[D / 16][1][4];
+    if (kInRegisters) {
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) queries.left(left[c], 0, c * 16);
+      show_writes_of_warp();
+    }
 
     // New tokens: merged, and written into the cache.
     New fresh;
     Rows<T, D> new_rows{};
-    if (w.has_new()) {
+    if (w.has_new) {
       char* const stage = next_stage();
       new_rows.data = reinterpret_cast<T*>(Stage::kScaled ? ready : stage);
       clear(new_rows, kRows + tokens, 2 * kRows);
@@ -369,12 +498,6 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
 
     Sums<D> sums;
     const float scale = in.scale * kLog2E;
-    constexpr bool kInRegisters = D <= 128;  // queries
-    uint32_t left[D / 16][1][4];
-    if (kInRegisters) {
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) queries.left(left[c], 0, c * 16);
-    }
     const auto attend = [&](const Rows<T, D>& entries, auto sees) {
       float scores[1][2][4] = {};
 #pragma unroll
@@ -400,13 +523,13 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
         multiply_add_tiles<T>(sums.value[c], weights[0], right);
       }
     };
-    if (w.has_new()) {
+    if (w.has_new) {
       attend(new_rows, [&](int row, int column) {
         const int token = (first_row + row) / group;
         return column == token || (column < token && (fresh.surviving >> column & 1));
       });
     }
-    for (int unit = max(w.from, 1); unit < w.to; ++unit) {
+    for (int unit = w.from; unit < w.to; ++unit) {
       char* const stage = next_stage();
       const int first = Work::first_entry(unit);
       const Rows<T, D> entries = Stage::rows(stage, ready, first, w.closed, lane);
@@ -421,61 +544,60 @@ __global__ void __launch_bounds__(32) paged_attention_kernel(const __grid_consta
       else
         attend(entries, [&](int, int column) { return first + column < w.closed; });
     }
-    const bool whole = w.from == 0 && w.to == w.units;
+    const int head_start = p.first_unit[head], head_end = p.first_unit[head + 1];
+    const bool whole = begin <= head_start && head_end <= end;
     // A worker has at most two heads that it shares: the one that it begins with, and the one that it ends with.
-    const int head_start = p.first_unit[head];
-    const auto partial_at = [&](int worker) {
-      const int place = head_start <= worker * share ? 0 : 1;
-      return p.partial + ((int64_t(worker) * 2 + place) * tiles + tile) * kRows * (D + 2);
-    };
+    const auto place_of = [&](int worker) { return ((worker * 2 + (head_start > worker * share)) * tiles) + tile; };
+    const auto partial_of = [&](int worker) { return Partial<D>{p.partial + int64_t(place_of(worker)) * Partial<D>::kFloats}; };
+    const Partial<D> own = partial_of(worker);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = tile_row(i);
       const float weight = sums.total(i);
       if (row >= rows) continue;
-      if (whole) {
-#pragma unroll
-        for (int c = 0; c < D / 16; ++c) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<uint32_t*>(output_at(row) + c * 16 + half * 8 + lane % 4 * 2) =
-                pack_two<T>(sums.value[c][half][2 * i] / weight, sums.value[c][half][2 * i + 1] / weight);
-        }
-        continue;
-      }
-      float* const to = partial_at(worker) + row * (D + 2);
-      if (lane % 4 == 0) *reinterpret_cast<float2*>(to + D) = make_float2(sums.highest[i], weight);
+      if (!whole && lane % 4 == 0) *own.total(row) = make_float2(sums.highest[i], weight);
 #pragma unroll
       for (int c = 0; c < D / 16; ++c) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<float2*>(to + c * 16 + half * 8 + lane % 4 * 2) =
-              make_float2(sums.value[c][half][2 * i], sums.value[c][half][2 * i + 1]);
+        for (int half = 0; half < 2; ++half) {
+          const int channel = c * 16 + half * 8 + lane % 4 * 2;
+          const float first = sums.value[c][half][2 * i], second = sums.value[c][half][2 * i + 1];
+          if (whole)
+            *reinterpret_cast<uint32_t*>(output_at(row) + channel) = pack_two<T>(first / weight, second / weight);
+          else
+            *reinterpret_cast<float2*>(own.sums(row, channel)) = make_float2(first, second);
+        }
       }
     }
     if (whole) continue;
-    __threadfence();
-    __syncwarp();
-    const int first_worker = head_start / share, parts = (head_start + w.units - 1) / share - first_worker + 1;
-    int* const arrived = p.arrived + int64_t(head) * tiles + tile;
-    int last = 0;
-    if (lane == 0) last = atomicAdd(arrived, 1) + 1 == parts;
-    if (!__shfl_sync(~0u, last, 0)) continue;
-    __threadfence();
-    for (int row = 0; row < rows; ++row) {
-      float top = -INFINITY, weight = 0.f, mean[D / 32] = {};
-      for (int n = first_worker; n < first_worker + parts; ++n) top = fmaxf(top, partial_at(n)[row * (D + 2) + D]);
-      for (int n = first_worker; n < first_worker + parts; ++n) {
-        const float* const sum = partial_at(n) + row * (D + 2);
-        const float factor = power_of_2(sum[D] - top);
-        weight += factor * sum[D + 1];
+
+    const auto write_output = [&](int row, const auto& sum, float2 total) {
 #pragma unroll
-        for (int c = 0; c < D / 32; ++c) mean[c] += factor * sum[c * 32 + lane];
+      for (int i = 0; i < D / 32; ++i) {
+        const int vector = i / Partial<D>::kVector, element = i % Partial<D>::kVector;
+        output_at(row)[Partial<D>::channel(vector) + element] = from_float<T>(sum[vector][element] / total.y);
       }
+    };
+    // Workers [first, last] of the head; and those of them in this worker's group.
+    const int first = head_start / share, last = (head_end - 1) / share;
+    const bool in_groups = last - first >= kGroup;
+    const auto group_begin = [&](int worker) { return max(worker / kGroup * kGroup, first); };
+    if (in_groups) {
+      const int from = group_begin(worker), count = min(worker / kGroup * kGroup + kGroup - 1, last) - from + 1;
+      if (!arrives_last(p.arrived + all_heads * tiles + place_of(from), count)) continue;
+      const Partial<D> group_found = partial_of(from);
+      combine<D>(count, rows, [&](int n) { return partial_of(from + n); }, [&](int row, const auto& sum, float2 total) {
 #pragma unroll
-      for (int c = 0; c < D / 32; ++c) output_at(row)[c * 32 + lane] = from_float<T>(mean[c] / weight);
+        for (int i = 0; i < D / 32; ++i) {
+          const int vector = i / Partial<D>::kVector, element = i % Partial<D>::kVector;
+          group_found.sums(row, Partial<D>::channel(vector))[element] = sum[vector][element];
+        }
+        if (lane == 0) *group_found.total(row) = total;
+      });
     }
-    if (lane == 0) *arrived = 0;  // for the next launch
+    const int parts = in_groups ? last / kGroup - first / kGroup + 1 : last - first + 1;
+    if (!arrives_last(p.arrived + int64_t(head) * tiles + tile, parts)) continue;
+    combine<D>(parts, rows, [&](int n) { return partial_of(in_groups ? group_begin((first / kGroup + n) * kGroup) : first + n); }, write_output);
   }
 }
 

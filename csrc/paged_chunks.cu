@@ -75,9 +75,17 @@ __global__ void __launch_bounds__(kDecideThreads) decide_kernel(const __grid_con
   }
 
   int* const table = cache.table + kv_row * cache.max_pages;
+  int held = (length + kPageEntries - 1) / kPageEntries;
+  for (int more = kDecideThreads; more == kDecideThreads; held += more) {  // a step that was given up leaves pages
+    const uint32_t pages = __ballot_sync(~0u, held + thread < cache.max_pages && table[held + thread] >= 0);
+    if (lane == 0) appended[warp] = __popc(pages);
+    __syncthreads();
+    more = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) more += appended[w];
+    __syncthreads();
+  }
   if (thread == 0) {
-    int held = (length + kPageEntries - 1) / kPageEntries;
-    while (held < cache.max_pages && table[held] >= 0) ++held;  // a step that was given up leaves pages
     int needs = max(0, (entries + kPageEntries - 1) / kPageEntries - held), left = 0;
     if (needs) {
       auto* const free_count = reinterpret_cast<unsigned long long*>(p.free_count);
@@ -88,11 +96,11 @@ __global__ void __launch_bounds__(kDecideThreads) decide_kernel(const __grid_con
         needs = 0;
       }
     }
-    appended[0] = held, appended[1] = needs, appended[2] = left;
+    appended[0] = needs, appended[1] = left;
     in.new_lengths[chunk * kv_heads + kv_head] = entries;
   }
   __syncthreads();
-  const int held = appended[0], needs = appended[1], left = appended[2];
+  const int needs = appended[0], left = appended[1];
   for (int i = thread; i < needs; i += kDecideThreads) table[held + i] = p.free[left + i];
 }
 
@@ -125,7 +133,7 @@ struct SegmentSums {
 };
 
 template <class T, int D, Pairing kPairing>
-__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ PagedChunks p) {
+__global__ void __launch_bounds__(kMergeThreads, D <= 128 ? 5 : 4) merge_kernel(const __grid_constant__ PagedChunks p) {
   const NewTokens& in = p.in;
   const PagedLayer& cache = p.cache;
   const int kv_heads = in.shape.kv_heads, kv_head = blockIdx.x, chunk = blockIdx.y, thread = threadIdx.x;
@@ -182,7 +190,15 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
       sums.value = SegmentSums::scaled(pairs.read(cache.mean + state * 2 * D + D), sums.total);
     }
     held = run - from;
-    for (int i = from; i < run; ++i) add(i);
+    int i = from;
+    for (; i + 1 < run; i += 2) {  // two reads under way
+      const PairPack<T> keys[] = {pairs.read_pack(key_at(i)), pairs.read_pack(key_at(i + 1))};
+      const PairPack<T> values[] = {pairs.read_pack(value_at(i)), pairs.read_pack(value_at(i + 1))};
+      const float weights[] = {weight_at(i), weight_at(i + 1)};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) sums.add(pairs.values(keys[k]), pairs.values(values[k]), weights[k]);
+    }
+    if (i < run) add(i);
   }
   // Tokens are read one ahead.
   struct Token {

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
+from megatron_dmc.cache import PagedCache
 from megatron_dmc.compression import Compression
 from megatron_dmc.config import DMCError
 from megatron_dmc.context import PagedContext
@@ -129,7 +130,7 @@ class DMCCoreAttention(MegatronModule):
         return output.flatten(2)
 
     def _paged(self, query: Tensor, key: Tensor, value: Tensor, call: DMCCall, settings: dict) -> Tensor:
-        cache, kernel = call.paged.cache, self.compression.config.dmc_kernel
+        cache = call.paged.cache
         if settings.pop("window") != cache.shape.window:
             raise DMCError(
                 f"the cache was made for windows of {cache.shape.window} tokens, the model merges over "
@@ -137,11 +138,15 @@ class DMCCoreAttention(MegatronModule):
             )
         output, alpha = paged_attention(
             query[:, 0], key[:, 0], value[:, 0], call.rotary, cache, call.paged.layers[self.layer + 1], call.paged.step,
-            kernel="reference" if kernel == "reference" else choose_paged_kernel(query, cache), **settings,
+            kernel=self.paged_kernel(query, cache), **settings,
         )  # fmt: skip
         if self.observer is not None:
             self.observer(alpha[:, None])
         return output[:, None].flatten(2)
+
+    def paged_kernel(self, query: Tensor, cache: PagedCache) -> str:
+        """The kernel of `paged_attention` for queries like these; "fused" never waits for the device."""
+        return "reference" if self.compression.config.dmc_kernel == "reference" else choose_paged_kernel(query, cache)
 
     def _noise(self, key: Tensor) -> LogisticNoise:
         """Logistic noise for this pass, the difference of two standard Gumbel variables.

@@ -27,6 +27,9 @@ from megatron_dmc.config import DMCError
 UNIT_ENTRIES = 16
 """Entries that decoding reads at once: the unit in which its work is dealt out."""
 
+NEW_UNITS = 5
+"""Units that a head's new tokens are counted as: most of their time is waiting."""
+
 MAX_NEW_TOKENS = 8
 """New tokens that a step of decoding may bring to a sequence."""
 
@@ -360,13 +363,14 @@ class PagedCache:
     def _plan(self, slots: Tensor, lengths: Tensor, new_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         """Equal shares of each layer's entries for every worker, from lengths `[layers, b, kv_heads]`."""
         units = (lengths + UNIT_ENTRIES - 1).div(UNIT_ENTRIES, rounding_mode="floor")
-        units = torch.where((slots >= 0)[:, None], units + 1, 1).flatten(1)  # a head's last unit is its new tokens
+        units = torch.where((slots >= 0)[:, None], units + NEW_UNITS, 1).flatten(1)
         first_unit = torch.nn.functional.pad(units.cumsum(1), (1, 0))
         share = (first_unit[:, -1:] + self._workers - 1).div(self._workers, rounding_mode="floor")
         begins = share * torch.arange(self._workers, device=slots.device)
         first_head = torch.searchsorted(first_unit, begins, right=True) - 1
         tiles = -(-new_tokens * self.shape.heads // self.shape.kv_heads // 16)
-        arrived = torch.zeros(units.shape[1] * tiles, dtype=torch.int32, device=slots.device)
+        counters = (units.shape[1] + 2 * self._workers) * tiles
+        arrived = torch.zeros(counters, dtype=torch.int32, device=slots.device)
         return first_unit.int(), first_head.int(), arrived
 
     @torch.no_grad()

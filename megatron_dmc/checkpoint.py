@@ -108,9 +108,30 @@ def load(path: str | Path, *, tokenizer_model: str | None = None, need_dmc: bool
     _start_one_process()
     tokenizer = _tokenizer(args, tokenizer_model, padding)
     model = _build(args, dmc)
-    state = {"model": model.sharded_state_dict(metadata=dist_checkpointing.load_content_metadata(str(path)))}
-    model.load_state_dict(dist_checkpointing.load(state, str(path))["model"])
+    _read(model, path)
     return LoadedModel(model.eval(), tokenizer, args, dmc)
+
+
+def _read(model: torch.nn.Module, path: Path) -> None:
+    """The checkpoint's weights into the model.
+
+    Raises:
+        DMCError: for weights that the checkpoint lacks.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    state = {"model": model.sharded_state_dict(metadata=dist_checkpointing.load_content_metadata(str(path)))}
+    state, _, lacking = dist_checkpointing.load(state, str(path), strict=StrictHandling.RETURN_UNEXPECTED)
+    # Where Transformer Engine is installed, norms are its own, whatever the layers are made of: they have a state of
+    # 8-bit training, that a checkpoint from where it was not installed lacks.
+    weights = sorted(name for name in lacking if "._extra_state" not in name)
+    if weights:
+        raise DMCError(f"{path} lacks weights of the model that its arguments describe: {', '.join(weights)}")
+    missing, unknown = model.load_state_dict(state["model"], strict=False)
+    left = sorted(name for name in [*missing, *unknown] if not name.endswith("._extra_state"))
+    if left:
+        raise DMCError(f"{path} does not fit the model that its arguments describe: {', '.join(left)}")
 
 
 def _adapt(args: Namespace) -> None:

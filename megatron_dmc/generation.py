@@ -13,6 +13,7 @@ from megatron_dmc.cache import PagedCache
 from megatron_dmc.checkpoint import LoadedModel
 from megatron_dmc.config import DMCError
 from megatron_dmc.context import PagedContext, cache_shape
+from megatron_dmc.megatron_hooks import dmc_layers
 
 MAX_CHUNK = 8192
 """Tokens of prompts that enter the cache at once."""
@@ -156,6 +157,9 @@ class Generation:
         self._remaining = torch.zeros(slots, **where)
         self._kept = torch.zeros(2, **where)  # tokens and entries of what has ended
         self._random = torch.Generator(loaded.device).manual_seed(self.sampling.seed)
+        probe = torch.empty(0, 1, self._cache.shape.channels, dtype=self._cache.dtype, device=loaded.device)
+        kernels = {layer.core_attention.paged_kernel(probe, self._cache) for layer in dmc_layers([loaded.model])}
+        self._captures = self._on_gpu and kernels == {"fused"}  # others wait for the device
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def _make_context(
@@ -256,7 +260,7 @@ class Generation:
 
     def _decode(self) -> _Results:
         """Launch a step of all that run."""
-        if not self._on_gpu:
+        if not self._captures:
             self._step()
             return _Results(dict(self._running), self._chosen, self._ok, self._crowding)
         if self._graph is None:

@@ -38,14 +38,18 @@ def begin(cache, slots, new_tokens, chunks):
     return cache.begin(slots, new_tokens, chunk_slots=chunk_slots, chunk_lengths=list(chunks.values()))
 
 
-def compare(kernel, shape, dtype, plan, *, pairs, interleaved, merging, seed, pages=None, capability="9.0"):
+def compare(
+    kernel, shape, dtype, plan, *, pairs, interleaved, merging, seed, pages=None, capability="9.0", workers=None
+):
     """Run `plan`, a list of `(slots, new tokens, {slot: length of its chunk})`, and check every output and every entry.
 
-    The contiguous caches see float64 copies of the same inputs. `capability` is what the emulated GPU says of itself.
+    The contiguous caches see float64 copies of the same inputs. `capability` is what the emulated GPU says of itself,
+    `workers` how many its decoding has.
     """
     os.environ["DMC_EMULATED_CAPABILITY"] = capability
     torch.manual_seed(seed)
     cache = PagedCache(shape, pages or 64 * shape.slots, dtype=dtype, device=DEVICE)
+    cache._workers = workers or cache._workers
     cache.pages.fill_(float("nan"))  # whoever looks at an entry that nobody wrote, sees it
     for name in ("scales", "recent", "recent_weights", "mean", "total"):
         if getattr(cache, name, None) is not None:
@@ -161,6 +165,17 @@ def test_many_pages(kernels, kernel, channels, capability, fresh_seed):
     for merging in (0.3, 0.9):
         options = dict(pairs=channels // 2, interleaved=False, seed=fresh_seed, capability=capability)
         compare(kernel, shape, torch.bfloat16, plan, merging=merging, **options)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("channels", [64, 96, 128, 256])
+def test_many_workers(kernels, kernel, channels, fresh_seed):
+    """Heads that so many workers share that groups of them combine first; workers that only get new tokens' units."""
+    shape = CacheShape(1, 2, 6, 1, channels, 800, 12)
+    plan = [([], 1, {0: 330, 1: 70})] + [([1, 0], 1, {})] * 2 + [([0, -1, 1], 4, {})] * 2
+    for workers in (19, 100):
+        options = dict(pairs=channels // 2, interleaved=False, seed=fresh_seed, workers=workers)
+        compare(kernel, shape, torch.bfloat16, plan, merging=0.2, **options)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -55,6 +55,8 @@ inline void copy_16_bytes(uint32_t to, const void* from, bool exists) {
   emulation::fiber().copies.back().push_back({emulation::shared_memory() + to, from, exists});
 }
 
+inline void share_writes() {}
+
 inline void end_of_copies() { emulation::fiber().copies.emplace_back(); }
 
 template <int kPending>
