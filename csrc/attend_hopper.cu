@@ -344,7 +344,7 @@ __device__ void attend(const Attend& a, Memory<T, D>& memory) {
 #pragma unroll
       for (int c = 0; c < D / 16; ++c) write_row(to + c * 16, sums.value[c], i, factor, at < all_rows);
     }
-    release(&memory.queries_empty[turn.buffer()]);
+    arrive(&memory.queries_empty[turn.buffer()]);
   }
 }
 
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_hopper_kernel(const __grid
     constexpr int kAttendingWarps = 2 * kWarpgroup / 32;
     for (int i = 0; i < M::kBuffers; ++i) {
       start_barrier(&shared.queries_full[i], kQueryThreads);
-      start_barrier(&shared.queries_empty[i], kAttendingWarps);
+      start_barrier(&shared.queries_empty[i], 2 * kWarpgroup);
     }
     for (int i = 0; i < kStages; ++i) {
       start_barrier(&shared.keys_full[i], 1);

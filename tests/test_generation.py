@@ -75,8 +75,9 @@ def test_steps_of_chunks_and_decoding_are_evaluation(fresh_seed, positions, wind
         whole = [model(tokens[i : i + 1], torch.arange(30, device="cuda")[None], None)[0] for i in range(2)]
         for slots, n, chunks in plan:
             context.begin(
-                torch.tensor(slots, dtype=torch.int64), n,
-                chunk_slots=torch.tensor(list(chunks), dtype=torch.int64), chunk_lengths=list(chunks.values()),
+                torch.tensor(slots, dtype=torch.int64, device="cuda"), n,
+                chunk_slots=torch.tensor(list(chunks), dtype=torch.int64, device="cuda"),
+                chunk_lengths=list(chunks.values()),
             )  # fmt: skip
             new, ends = [], []
             for slot, count in [*((slot, n) for slot in slots), *chunks.items()]:
@@ -195,9 +196,9 @@ def test_mistakes_name_the_argument(fresh_seed):
         Generation(loaded(model), [[1]], 5, cache_gib=1e-6)
     shape = cache_shape(model, slots=1, max_tokens=9)
     with pytest.raises(DMCError, match="the cache has 1 layers, the model 2"):
-        PagedContext(model, PagedCache(type(shape)(1, 1, 4, 2, 8, 9, 12), 9, dtype=torch.float32, device="cpu"))
+        PagedContext(model, PagedCache(type(shape)(1, 1, 4, 2, 8, 9, 12), 9, dtype=torch.float32, device="cuda"))
     other = type(shape)(2, 1, 4, 2, 8, 9, 5)
-    context = PagedContext(model, PagedCache(other, 9, dtype=torch.float32, device="cpu"))
-    context.begin(torch.tensor([0]))
+    context = PagedContext(model, PagedCache(other, 9, dtype=torch.float32, device="cuda"))
+    context.begin(torch.tensor([0], device="cuda"))
     with pytest.raises(DMCError, match="windows of 5 tokens, the model merges over 12"):
-        model(torch.tensor([[1]]), context.positions(), None, inference_context=context)
+        model(torch.tensor([[1]], device="cuda"), context.positions(), None, inference_context=context)
