@@ -87,7 +87,8 @@ __device__ inline void load(const T* from, float (&to)[N]) {
 
 template <class T, int N>
 __device__ inline void store(T* to, const float (&from)[N]) {
-  *reinterpret_cast<Pack<T, N>*>(to) = packed<T>(from);
+  if constexpr (N == 1) *to = from_float<T>(from[0]);
+  else *reinterpret_cast<Pack<T, N>*>(to) = packed<T>(from);
 }
 
 // A row is owned by kLanes neighbouring lanes of a warp, eight channels each.

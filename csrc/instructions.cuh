@@ -15,6 +15,13 @@ __device__ inline float power_of_2(float x) {
   return y;
 }
 
+// 1 / x, to 1 unit in the last place; 0 where that is below 2^-126.
+__device__ inline float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // c (16x8) += a (16x16) b (16x8), by a warp.
 __device__ inline void multiply_add(bf16, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -39,6 +46,13 @@ __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(row));
   }
+}
+
+// An 8x8 matrix of 16-bit numbers, of which lane 4 r + c has columns 2 c and 2 c + 1 of row r, becomes its transpose.
+__device__ inline uint32_t transposed(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // Copy 16 bytes to shared memory, or zeros where they do not exist, without waiting for them.

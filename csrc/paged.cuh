@@ -18,6 +18,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 template <class T>
 __device__ inline float importance(const T* first_query, int64_t head_stride, int group, int last_channel, float offset) {
   float last = 0.f;
+#pragma unroll 4
   for (int i = 0; i < group; ++i) last += to_float(first_query[i * head_stride + last_channel]);
   return 1.f / (1.f + expf(-(last / group + offset))) + 0x1p-7f;
 }

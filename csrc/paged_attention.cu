@@ -1,31 +1,61 @@
 // New tokens meet the paged cache, one launch a layer: decide, merge or append, rotate, write, attend, combine.
 //
-// Work comes in units: for every sequence and KV head some for its new tokens, as many as they take time, and then one for
-// every 16 entries. The units of a layer are numbered head by head and dealt out in equal runs to the workers. A worker is a
-// warp, and all by itself: its copies of entries run ahead of it, over the borders of heads; no barrier stops them. Whoever
-// gets a head's first unit merges its new tokens and writes them into the cache. Where a head's units fall to several
-// workers, the last one to finish combines what they found; where they are many, first in every group of eight. Nothing that a launch
-// reads is written in it: merging reads tokens that the ring still holds, attention reads entries that are closed, and
-// lengths are committed after the step.
+// Work comes in units: for every sequence and KV head some for its new tokens, as many as they take time, and then one
+// for every 16 entries. The units of a layer are numbered head by head and dealt out in equal runs to the workers. A
+// worker is a warp, and all by itself: its copies of entries run ahead of it, over the borders of heads; no barrier stops
+// them. Whoever gets a head's first unit merges its new tokens and writes them into the cache. Where a head's units fall
+// to several workers, the last one to finish combines what they found; where they are many, first in every group of
+// eight. Nothing that a launch reads is written in it: merging reads tokens that the ring still holds, attention reads
+// entries that are closed, and lengths are committed after the step.
+//
+// Entries are the rows of the products on the tensor cores, queries their columns: of those there may be as few as eight.
+//
+// What runs once costs what fetching its code costs, tens of microseconds in all. So there is one loop, one place that
+// copies, one that attends, one that combines.
+#include <type_traits>
+
 #include "hopper.cuh"
 #include "paged.cuh"
 
 namespace dmc {
 namespace {
 
-constexpr int kRows = 16;   // queries at once: new tokens times heads of a group
-constexpr int kGroup = 8;   // workers that combine what they found before others do
+constexpr int kGroup = 8;  // workers that combine what they found before others do
 
-template <class T, class S, int D>
+// One head of one sequence, and what a worker has to do with it.
+struct Work {
+  int head, batch, kv_head;
+  int head_start, head_end;  // the head's units of work, of which the worker has
+  int from, to;              // those of entries [from, to)
+  bool has_new;              // and whether its new tokens
+  bool merges;               // whether the first new token does
+  int position, length, closed;  // tokens before; entries: all, and those that no new token changes
+  int newest;                    // place of the first new token in the ring
+  int64_t slot, kv_row;
+  const int* table;
+
+  __device__ bool nobody() const { return slot < 0; }
+  // Its stages [first_stage, to): one that its queries pass through, one for its new tokens if it has them, then its units
+  // of entries by their own numbers.
+  __device__ int first_stage() const { return from - 1 - has_new; }
+  __device__ bool is_new(int stage) const { return has_new && stage == from - 1; }
+  __device__ bool is_entries(int stage) const { return stage >= from && stage < to; }
+};
+
+// Where things lie in shared memory, for so many queries at once: new tokens times heads of a group.
+template <class T, class S, int D, int kQueries>
 struct PagedMemory {
   using Stage = Staging<T, S, D, kUnitEntries, 32>;
-  // Stages of about 24 KiB together, so that nine workers fit.
+  // Stages of about 24 KiB together, so that eight workers fit.
   static constexpr int kStages = Stage::kScaled || D == 96 ? 4 : D == 64 ? 6 : 3;
-  static constexpr bool kQueriesInRegisters = D <= 128;  // else they have memory of their own
-  static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : Rows<T, D>::bytes(kRows);
+  static constexpr bool kQueriesInRegisters = D * kQueries <= 2048;  // else they have memory of their own
+  static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : Rows<T, D>::bytes(kQueries);
   static constexpr int kAtOnce = D <= 128 ? 8 : 4;  // workers on a multiprocessor
-  static constexpr int kBytes = kQueryBytes + Stage::kReadyBytes + kStages * (Stage::kStageBytes + sizeof(Barrier));
-  static_assert(Stage::kStageBytes >= Rows<T, D>::bytes(kRows));  // queries pass through one
+  static constexpr int kWorks = 8;  // heads under way at once: the one at hand, and at most one for every stage
+  static_assert(kStages < kWorks);
+  static constexpr int kStagesBytes = kStages * (Stage::kStageBytes + sizeof(Barrier));
+  static constexpr int kBytes = kQueryBytes + Stage::kReadyBytes + kStagesBytes + kWorks * int(sizeof(Work));
+  static_assert(Stage::kStageBytes >= Rows<T, D>::bytes(kQueries));  // queries pass through one
 };
 
 #if (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900) || defined(MEGATRON_DMC_EMULATES_AMPERE)
@@ -35,9 +65,8 @@ constexpr bool kBulkCopies = true;
 #endif
 
 // A warp's copies of units of entries into a ring of stages, which it waits for in their order.
-template <class T, class S, int D>
+template <class Memory, class S, int D>
 struct Copies {
-  using Memory = PagedMemory<T, S, D>;
   using Stage = typename Memory::Stage;
   // A page has two parts, keys and values, and with scales two more.
   static constexpr int kStages = Memory::kStages, kPages = kUnitEntries > kPageEntries ? kUnitEntries / kPageEntries : 1;
@@ -45,109 +74,94 @@ struct Copies {
   char* const stages;
   Barrier* const arrived;
   const int lane;
-  int begun = 0, done = 0;
-  int page = 0;  // of the piece of the next unit that this lane copies
+  int begun = 0, done = 0, parity = 0;  // the next stage to begin, and to wait for
+  // The next unit: its first entry, how many there are to copy, and the page of this lane's piece.
+  int first = 0, rows = 0, page = 0;
+  // This lane's piece: where page 0 has it, the bytes of a row, its first row of a unit, and where it goes in a stage.
+  const char* from;
+  int row_bytes, in_unit, to;
 
-  __device__ Copies(char* stages)
+  __device__ Copies(const PagedLayer& cache, char* stages)
       : stages(stages), arrived(reinterpret_cast<Barrier*>(stages + kStages * Stage::kStageBytes)), lane(threadIdx.x) {
+    const int part = lane % kParts, is_value = part % 2;
+    const bool is_scale = part >= 2;
+    row_bytes = is_scale ? 4 : D * int(sizeof(S));
+    from = (is_scale ? reinterpret_cast<const char*>(cache.scales) : static_cast<const char*>(cache.pages)) +
+           is_value * kPageEntries * row_bytes;
+    in_unit = lane / kParts * kPageEntries;  // below kUnitEntries for lanes that have a piece
+    to = (is_scale ? Stage::kRows * D : 0) + (is_value * kUnitEntries + in_unit) * row_bytes;
     if constexpr (kBulkCopies) {
       if (lane == 0) {
-        for (int i = 0; i < kStages; ++i) start_barrier(arrived + i, 1);
+        for (int i = 0; i < kStages; ++i) start_barrier(arrived + i, kPieces);
         publish_barriers();
       }
       __syncwarp();
     }
   }
 
-  // Where the next unit lies: entries from `first` on, before `bound`.
-  __device__ void look_up(const int* table, int first, int bound) {
-    const int index = first / kPageEntries + lane / kParts;
-    page = lane < kPieces && index * kPageEntries < bound ? table[index] : 0;
+  // Where a stage of a head lies; if it is not of entries, there is nothing to copy.
+  __device__ void look_up(const Work& w, int stage) {
+    first = stage * kUnitEntries;
+    rows = w.is_entries(stage) ? min(w.closed - first, kUnitEntries) : 0;
+    page = lane < kPieces && in_unit < rows ? w.table[(first + in_unit) / kPageEntries] : 0;
   }
 
-  // Begin to copy it, if `bound` leaves any of it.
-  __device__ void begin(const PagedLayer& cache, int first, int bound) {
-    char* const stage = stages + begun++ % kStages * Stage::kStageBytes;
-    Barrier* const barrier = arrived + (begun - 1) % kStages;
-    const int rows = min(bound - first, kUnitEntries);
+  // Begin to copy it.
+  __device__ void begin() {
+    Barrier* const barrier = arrived + begun;
+    const int held = max(min(rows - in_unit, min(kPageEntries, kUnitEntries)), 0);
+    const int bytes = (held * row_bytes + 15) / 16 * 16;  // scales come in pieces of 16 bytes
+    const char* const source = from + (int64_t(page) * 2 * kPageEntries + (kPages == 1 ? first % kPageEntries : 0)) * row_bytes;
+    char* const target = stages + begun * Stage::kStageBytes + to;
     if constexpr (kBulkCopies) {
-      if (lane == 0) arrive_and_expect(barrier, max(rows, 0) * 2 * D * int(sizeof(S)) + (Stage::kScaled ? 8 * padded(rows) : 0));
-      __syncwarp();
-    }
-    const auto copy_piece = [&](int piece, int page) {
-      const int in_page = piece / kParts, part = piece % kParts, is_value = part % 2;
-      const int held = min(rows - in_page * kPageEntries, min(kPageEntries, kUnitEntries));
-      const int64_t row = (int64_t(page) * 2 + is_value) * kPageEntries + (kPages == 1 ? first % kPageEntries : 0);
-      const int to_row = is_value * kUnitEntries + in_page * kPageEntries;
-      if (part < 2)
-        copy(stage + to_row * D * int(sizeof(S)), static_cast<const S*>(cache.pages) + row * D, held * D * int(sizeof(S)), barrier);
-      else
-        copy(stage + Stage::kRows * D + to_row * 4, cache.scales + row, 4 * padded(held), barrier);
-    };
-    if constexpr (kBulkCopies) {
-      if (lane < kPieces) copy_piece(lane, page);
+      if (lane < kPieces) {
+        arrive_and_expect(barrier, bytes);
+        if (bytes) copy_bytes(target, source, bytes, barrier);
+      }
     } else {
-      for (int piece = 0; piece < kPieces; ++piece) copy_piece(piece, __shfl_sync(~0u, page, piece));
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const auto of_piece = [&](auto x) { return __shfl_sync(~0u, x, piece); };
+        const int all = of_piece(bytes), offset = of_piece(int(target - stages));
+        const char* const piece_source = reinterpret_cast<const char*>(of_piece(reinterpret_cast<unsigned long long>(source)));
+        for (int i = lane * 16; i < all; i += 32 * 16) copy_16_bytes(shared_address(stages + offset + i), piece_source + i, true);
+      }
       end_of_copies();
     }
+    begun = begun + 1 == kStages ? 0 : begun + 1;
   }
 
   // The next stage, when all of it has arrived.
   __device__ char* next() {
+    char* const stage = stages + done * Stage::kStageBytes;
     if constexpr (kBulkCopies)
-      wait_for(arrived + done % kStages, done / kStages % 2);
+      wait_for(arrived + done, parity);
     else
       wait_for_own_copies<kStages - 1>();
-    return stages + done++ % kStages * Stage::kStageBytes;
-  }
-
- private:
-  static __device__ int padded(int rows) { return (max(rows, 0) + 3) / 4 * 4; }  // scales come in pieces of 16 bytes
-
-  __device__ void copy(char* to, const void* from, int bytes, Barrier* barrier) const {
-    if constexpr (kBulkCopies) {
-      if (bytes > 0) copy_bytes(to, from, bytes, barrier);
-    } else {
-      for (int i = lane * 16; i < bytes; i += 32 * 16) copy_16_bytes(shared_address(to + i), static_cast<const char*>(from) + i, true);
-    }
+    done = done + 1 == kStages ? 0 : done + 1;
+    parity ^= done == 0;
+    return stage;
   }
 };
 
-// One head of one sequence, and what a worker has to do with it.
-struct Work {
-  int head, batch, kv_head;
-  int from, to;  // units [from, to) of its entries
-  bool has_new;  // and whether its new tokens
-  int64_t slot, kv_row;
-  int position, length, closed;  // tokens before; entries: all, and those that no new token changes
-  const int* table;
-  bool merges;  // whether the first new token does
-
-  __device__ bool nobody() const { return slot < 0; }
-  // Its stages: one that its queries pass through, another one for its new tokens, then its units of entries.
-  __device__ int first_stage() const { return has_new ? -2 : -1; }
-  __device__ int next_stage(int stage) const { return stage == -1 ? from : stage + 1; }
-  __device__ bool has_stage(int stage) const { return stage < 0 || stage < to; }
-  // The entries of a stage, and where they end: there are none for queries and new tokens, and behind the last unit.
-  __device__ static int first_entry(int stage) { return max(stage, 0) * kUnitEntries; }
-  __device__ int bound(int stage) const { return stage >= 0 && stage < to ? closed : 0; }
-};
-
+// The work of a worker of units [begin, end) on one of its heads.
 template <class T>
 __device__ Work work_of(const PagedAttention& p, int head, int begin, int end) {
-  const int kv_heads = p.in.shape.kv_heads, start = p.first_unit[head], bound = p.first_unit[head + 1];
+  const int kv_heads = p.in.shape.kv_heads;
   Work w;
-  w.head = head, w.batch = head / kv_heads, w.kv_head = head % kv_heads;
+  w.head = head, w.batch = head / kv_heads, w.kv_head = head - w.batch * kv_heads;
+  const T* const key = static_cast<const T*>(p.in.key) + w.batch * p.in.key_stride.batch + w.kv_head * p.in.key_stride.head;
+  const float decision = to_float(key[p.in.shape.channels - 1]);
+  w.head_start = p.first_unit[head], w.head_end = p.first_unit[head + 1];
   w.slot = p.in.slots[w.batch];
   w.kv_row = w.nobody() ? 0 : w.slot * kv_heads + w.kv_head;
   w.position = w.nobody() ? 0 : int(p.cache.tokens[w.slot]);
   w.length = w.nobody() ? 0 : p.cache.lengths[w.kv_row];
-  const int units = (w.length + kUnitEntries - 1) / kUnitEntries, first = bound - units;  // those before are new tokens'
-  w.has_new = begin <= start;
+  const int units = (w.length + kUnitEntries - 1) / kUnitEntries, first = w.head_end - units;  // before: new tokens'
+  w.has_new = begin <= w.head_start && !w.nobody();
   w.from = max(begin - first, 0), w.to = max(min(end - first, units), w.from);
-  const T* const key = static_cast<const T*>(p.in.key) + w.batch * p.in.key_stride.batch + w.kv_head * p.in.key_stride.head;
-  w.merges = w.position > 0 && to_float(key[p.in.shape.channels - 1]) > p.in.offset;
+  w.merges = w.position > 0 && decision > p.in.offset;
   w.closed = w.length - w.merges;
+  w.newest = p.in.window ? w.position % p.cache.recent_tokens : 0;
   w.table = p.cache.table + w.kv_row * p.cache.max_pages;
   return w;
 }
@@ -171,9 +185,8 @@ __device__ New decide(const PagedAttention& p, const Work& w) {
   // The token before is part of the segment; others are as long as those behind them merge.
   const bool looks_back = in.window && w.merges;
   const T* const recent = static_cast<const T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
-  const int newest = in.window ? w.position % cache.recent_tokens : 0;
   const auto decision = [&](int back) {
-    const int place = newest - back;
+    const int place = w.newest - back;
     return recent[(place < 0 ? place + cache.recent_tokens : place) * 2 * D + D - 1];
   };
   const auto in_window = [&](int back) { return back < in.window - 1 && back < w.position; };
@@ -203,8 +216,8 @@ __device__ New decide(const PagedAttention& p, const Work& w) {
   return fresh;
 }
 
-// Merge the new tokens: rotated keys become rows [0, 16), values rows [16, 32). The first `tile` of a head's queries also
-// takes them into the cache.
+// Merge the new tokens: rotated keys become rows [0, 16), values rows [16, 32). With `keeps`, also take them into the
+// cache.
 template <class T, class S, int D, Pairing kPairing>
 __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fresh, const Rows<T, D>& rows, bool keeps) {
   const NewTokens& in = p.in;
@@ -212,12 +225,10 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
   const int lane = threadIdx.x % 32, tokens = in.shape.tokens;
   constexpr int kParts = 32 / kLanes<D>;  // rows that a warp holds at once
   const LanePairs<D, kPairing> pairs(in.rotary, lane % kLanes<D> * 4);
-  const int64_t state = w.kv_row + (in.window ? 0 : cache.steps[w.slot] % 2 * cache.state_stride);
-  const int64_t next_state = w.kv_row + (in.window ? 0 : (1 - cache.steps[w.slot] % 2) * cache.state_stride);
+  const int64_t parity = in.window ? 0 : cache.steps[w.slot] % 2;
   T* const recent = static_cast<T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
   float* const recent_weights = cache.recent_weights + w.kv_row * cache.recent_tokens;
-  const int newest = in.window ? w.position % cache.recent_tokens : 0;
-#pragma unroll
+#pragma unroll 1
   for (int pass = 0; pass < (kParts == 1 ? 2 : 1); ++pass) {
     const int part = kParts == 1 ? pass : lane / kLanes<D>;  // keys, then values
     const bool takes_part = part < 2 && pairs.exist();
@@ -227,105 +238,158 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
     PairValues sum = {};
     float total = 0.f;
     int entry = w.length - 1;
-    const auto add = [&](const PairValues& x, float weight) {
+    if (!in.window && w.merges && takes_part) {  // the entry so far
+      const int64_t state = w.kv_row + parity * cache.state_stride;
+      total = cache.total[state];
+      sum = pairs.read(cache.mean + (state * 2 + part) * D);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum.first[i] += weight * x.first[i];
-        sum.second[i] += weight * x.second[i];
-      }
-      total += weight;
-    };
-    if (!in.window && w.merges && takes_part) {
-      const float before = cache.total[state];
-      add(pairs.read(cache.mean + (state * 2 + part) * D), before);
+      for (int k = 0; k < 4; ++k) sum.first[k] *= total, sum.second[k] *= total;
     }
+#pragma unroll 1
     for (int i = 0; i < tokens; ++i) {
       const bool merges = fresh.merging >> i & 1;
       entry += !merges;
-      const float weight = __shfl_sync(~0u, fresh.weight, i);
-      const auto pack = takes_part ? pairs.read_pack(source + i * stride) : PairPack<T>{};
+      // What is needed last is on its way first.
+      const bool survives = keeps && takes_part && (fresh.surviving >> i & 1);
+      const int64_t entry_at = survives ? entry_row(w.table, entry) : 0;
+      Rotation rotation;
+      if (part == 0 && pairs.exist()) rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, w.position + i, 0));
       if (in.window || !merges) sum = {}, total = 0.f;
-      add(pairs.values(pack), weight);
-      if (in.window) {
-        int back = 1;
-        for (int left = in.window - 1, j = i; left > 0 && j > 0 && (fresh.merging >> j & 1); --left, --j, ++back) {
-          const float other = __shfl_sync(~0u, fresh.weight, j - 1);
-          if (takes_part) add(pairs.read(source + (j - 1) * stride), other);
+      // The segment's tokens that the window reaches, newest first: new ones, then those of the ring.
+      const int chain = __clz(~(fresh.merging << (31 - i)));  // new tokens up to here that merge, one after the other
+      const int reached = !in.window ? 1 : min(chain > i ? i + 1 + fresh.open : chain + 1, in.window);
+      constexpr int kAtOnce = 4;  // reads under way
+      PairPack<T> own{};
+#pragma unroll 1
+      for (int n = 0; n < reached; n += kAtOnce) {
+        PairPack<T> packs[kAtOnce] = {};
+        float weights[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int token = i - n - k, place = w.newest + token, ring = place < 0 ? place + cache.recent_tokens : place;
+          const bool exists = n + k < reached;
+          weights[k] = __shfl_sync(~0u, fresh.weight, max(token, 0));
+          if (exists && token < 0) weights[k] = recent_weights[ring];
+          if (!exists) weights[k] = 0.f;
+          if (exists && takes_part) packs[k] = pairs.read_pack(token < 0 ? recent + (ring * 2 + part) * D : source + token * stride);
         }
-        // back == i + 1: all of the new tokens up to here belong to the segment that was open.
-        const int older = back == i + 1 && (fresh.merging & 1) ? min(fresh.open, in.window - back) : 0;
-        constexpr int kAtOnce = 4;  // reads under way
-        for (int j = 1; j <= older; j += kAtOnce) {
-          PairPack<T> packs[kAtOnce];
-          float weights[kAtOnce];
+        if (n == 0) own = packs[0];
 #pragma unroll
-          for (int k = 0; k < kAtOnce; ++k) {
-            if (!takes_part || j + k > older) continue;
-            const int place = newest - j - k, ring = place < 0 ? place + cache.recent_tokens : place;
-            packs[k] = pairs.read_pack(recent + (ring * 2 + part) * D);
-            weights[k] = recent_weights[ring];
-          }
+        for (int k = 0; k < kAtOnce; ++k) {
+          const PairValues x = pairs.values(packs[k]);
 #pragma unroll
-          for (int k = 0; k < kAtOnce; ++k) {
-            if (takes_part && j + k <= older) add(pairs.values(packs[k]), weights[k]);
+          for (int j = 0; j < 4; ++j) {
+            sum.first[j] += weights[k] * x.first[j];
+            sum.second[j] += weights[k] * x.second[j];
           }
+          total += weights[k];
         }
       }
+      const float weight = __shfl_sync(~0u, fresh.weight, i);
       if (!takes_part) continue;
       PairValues mean;
-      const float inverse = 1.f / total;
+      const float inverse = reciprocal(total);
 #pragma unroll
       for (int k = 0; k < 4; ++k) mean.first[k] = sum.first[k] * inverse, mean.second[k] = sum.second[k] * inverse;
       if (keeps && !in.window && i + 1 == tokens) {
-        pairs.write(cache.mean + (next_state * 2 + part) * D, mean);
-        if (part == 0 && pairs.have_last()) cache.total[next_state] = total;
+        const int64_t state = w.kv_row + (1 - parity) * cache.state_stride;
+        pairs.write(cache.mean + (state * 2 + part) * D, mean);
+        if (part == 0 && pairs.have_last()) cache.total[state] = total;
       }
       if (keeps && in.window) {  // the ring has room for a step's tokens beside those that a window reaches
-        const int place = newest + i, ring = place < cache.recent_tokens ? place : place - cache.recent_tokens;
-        pairs.write_pack(recent + (ring * 2 + part) * D, pack);
+        const int place = w.newest + i, ring = place < cache.recent_tokens ? place : place - cache.recent_tokens;
+        pairs.write_pack(recent + (ring * 2 + part) * D, own);
         if (part == 0 && pairs.have_last()) recent_weights[ring] = weight;
       }
-      if (part == 0) {
-        Rotation rotation;
-        rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, w.position + i, 0));
-        mean = rotation.apply(mean, pairs.have_last());
-      }
-      pairs.write_pack([&](int channel) { return rows.at(part * kRows + i, channel); }, pairs.template pack<T>(mean));
-      if (keeps && (fresh.surviving >> i & 1))
-        write_entry<S, D>(cache, entry_row(w.table, entry) + part * kPageEntries, pairs, mean);
+      if (part == 0) mean = rotation.apply(mean, pairs.have_last());
+      pairs.write_pack([&](int channel) { return rows.at(part * kUnitEntries + i, channel); }, pairs.template pack<T>(mean));
+      if (survives) write_entry<S, D>(cache, entry_at + part * kPageEntries, pairs, mean);
     }
   }
 }
 
-// What workers found of 16 queries of a head: sums of values, and behind them each row's highest score and weight.
-template <int D>
+// Softmax-weighted sums of values for N x 8 queries, which are columns of 16x8 products.
+template <int D, int N>
+struct ColumnSums {
+  float value[D / 16][N][4] = {};  // rows are channels
+  float highest[N][2];             // score so far, in powers of 2, of this lane's columns
+  float weight[N][2] = {};         // of this lane's entries
+
+  __device__ ColumnSums() {
+#pragma unroll
+    for (int i = 0; i < 2 * N; ++i) highest[i / 2][i % 2] = -INFINITY;
+  }
+
+  static __device__ float over_column(float x, auto merge) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) x = merge(x, __shfl_xor_sync(~0u, x, step));
+    return x;
+  }
+  __device__ float total(int n, int i) const {
+    return over_column(weight[n][i], [](float a, float b) { return a + b; });
+  }
+
+  // Scores of 16 entries, -inf where one is not seen, become weights; `scale`, above 0, makes them powers of 2. What was
+  // summed before is scaled along.
+  __device__ void weigh(float (&scores)[N][4], float scale) {
+    float shrink[N][2];
+    bool shrinks = false;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float own = over_column(fmaxf(scores[n][i], scores[n][2 + i]), [](float a, float b) { return fmaxf(a, b); });
+        const float top = fmaxf(highest[n][i], own * scale), base = top == -INFINITY ? 0.f : top;  // nothing seen yet
+        shrink[n][i] = power_of_2(highest[n][i] - base);
+        shrinks |= shrink[n][i] != 1.f;
+        highest[n][i] = top;
+        scores[n][i] = power_of_2(fmaf(scores[n][i], scale, -base));
+        scores[n][2 + i] = power_of_2(fmaf(scores[n][2 + i], scale, -base));
+        weight[n][i] = weight[n][i] * shrink[n][i] + scores[n][i] + scores[n][2 + i];
+      }
+    }
+    if (!__any_sync(~0u, shrinks)) return;  // soon, a new highest score is rare
+#pragma unroll
+    for (int c = 0; c < D / 16; ++c) {
+#pragma unroll
+      for (int i = 0; i < 4 * N; ++i) value[c][i / 4][i % 4] *= shrink[i / 4][i % 2];
+    }
+  }
+};
+
+// What a worker found of some queries of a head: sums of values, and behind them each query's highest score and weight.
+template <int D, int kQueries>
 struct Partial {
-  static constexpr int kFloats = kRows * (D + 2);
+  static constexpr int kFloats = kQueries * (D + 2);
   static constexpr int kVector = D % 128 == 0 ? 4 : D % 64 == 0 ? 2 : 1, kVectors = D / 32 / kVector;
   float* data;
 
+  __device__ Partial(float* partial, int place) : data(partial + int64_t(place) * kFloats) {}
   __device__ float* sums(int row, int channel) const { return data + row * D + channel; }
-  __device__ float2* total(int row) const { return reinterpret_cast<float2*>(data + kRows * D) + row; }
+  __device__ float2* total(int row) const { return reinterpret_cast<float2*>(data + kQueries * D) + row; }
   // The channels that a lane combines: kVectors times kVector of them side by side.
   __device__ static int channel(int vector) { return (vector * 32 + int(threadIdx.x) % 32) * kVector; }
 };
 
-// Combine what `count` workers found, by a warp. `write` takes a row, its sums in this lane's channels, and its total.
-template <int D, class At, class Write>
-__device__ void combine(int count, int rows, At at, Write write) {
-  using P = Partial<D>;
+// Combine what `count` workers left at places place_of(0), place_of(1), ... of `partial`, by a warp. `write` takes a row,
+// its sums in this lane's channels, and its total.
+template <class P, int D, class PlaceOf, class Write>
+__device__ void combine(float* partial, int count, int rows, PlaceOf place_of, Write write) {
   constexpr int kAtOnce = 8, kTogether = 256 / D;  // workers and rows, that is, reads under way
   const int lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int first = 0; first < rows; first += kTogether) {
     float sum[kTogether][P::kVectors][P::kVector] = {}, highest[kTogether], weight[kTogether] = {};
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) highest[r] = -INFINITY;
+#pragma unroll 1
     for (int base = 0; base < count; base += 32) {
+      const int place = place_of(min(base + lane, count - 1));
       float factor[kTogether];
 #pragma unroll
       for (int r = 0; r < kTogether; ++r) {
         float2 own = make_float2(-INFINITY, 0.f);
-        if (base + lane < count && first + r < rows) own = *at(base + lane).total(first + r);
+        if (base + lane < count && first + r < rows) own = *P(partial, place).total(first + r);
         float top = own.x;
 #pragma unroll
         for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
@@ -338,17 +402,18 @@ __device__ void combine(int count, int rows, At at, Write write) {
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) sum[r][i / P::kVector][i % P::kVector] *= shrink;
       }
+#pragma unroll 1
       for (int n = base; n < min(base + 32, count); n += kAtOnce) {
-        Pack<float, P::kVector> found[kAtOnce][kTogether][P::kVectors];
+        Pack<float, P::kVector> found[kAtOnce][kTogether][P::kVectors] = {};
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
+          const P from(partial, __shfl_sync(~0u, place, n - base + k));
+          if (n + k >= count) continue;
 #pragma unroll
           for (int r = 0; r < kTogether; ++r) {
 #pragma unroll
             for (int i = 0; i < P::kVectors; ++i) {
-              found[k][r][i] = {};
-              if (n + k < count && first + r < rows)
-                found[k][r][i] = *reinterpret_cast<const Pack<float, P::kVector>*>(at(n + k).sums(first + r, P::channel(i)));
+              if (first + r < rows) found[k][r][i] = *reinterpret_cast<const Pack<float, P::kVector>*>(from.sums(first + r, P::channel(i)));
             }
           }
         }
@@ -385,47 +450,68 @@ __device__ inline bool arrives_last(int* arrived, int count) {
   return true;
 }
 
-template <class T, class S, int D>
-__global__ void __launch_bounds__(32, PagedMemory<T, S, D>::kAtOnce) paged_attention_kernel(const __grid_constant__ PagedAttention p) {
-  using Memory = PagedMemory<T, S, D>;
+// Two 8-bit numbers (e4m3), the low or the high ones of `word`, as T; all of them are numbers that T has.
+template <class T, bool kHigh>
+__device__ inline uint32_t from_fp8(uint32_t word) {
+  if constexpr (std::is_same_v<T, half>) {
+    const __half2_raw two = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(word >> (kHigh ? 16 : 0)), __NV_E4M3);
+    return uint32_t(two.x) | uint32_t(two.y) << 16;
+  } else {
+    // Sign, exponent and mantissa come to lie where bfloat16 has them, but exponents count from elsewhere.
+    const uint32_t x = __byte_perm(word, 0, kHigh ? 0x3424 : 0x1404);
+    const uint32_t low = (x & 0x80008000u) | (x >> 4 & 0x07f007f0u), shift = 0x7b807b80u;  // 2^120, twice
+    const __nv_bfloat162 y = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&low), *reinterpret_cast<const __nv_bfloat162*>(&shift));
+    return *reinterpret_cast<const uint32_t*>(&y);
+  }
+}
+
+// 8-bit entries become rows of T. Keys wait for their scales until they have been multiplied with queries, and values, in
+// bfloat16, until they are weighed: what is then small stays exact. (In half it does not, so values take theirs here.)
+template <class T, int D>
+__device__ void unpack(const char* stage, const Rows<T, D>& to) {
+  constexpr int kPieces = D / 16, kAll = 2 * kUnitEntries * kPieces;
+  const int lane = threadIdx.x;
+#pragma unroll 2
+  for (int piece = lane; piece < kAll; piece += 32) {
+    const int row = piece / kPieces, channel = piece % kPieces * 16;
+    const uint4 bytes = *reinterpret_cast<const uint4*>(stage + row * D + channel);
+    uint4 low{from_fp8<T, false>(bytes.x), from_fp8<T, true>(bytes.x), from_fp8<T, false>(bytes.y), from_fp8<T, true>(bytes.y)};
+    uint4 high{from_fp8<T, false>(bytes.z), from_fp8<T, true>(bytes.z), from_fp8<T, false>(bytes.w), from_fp8<T, true>(bytes.w)};
+    if (std::is_same_v<T, half> && row >= kUnitEntries) {
+      const float scale = reinterpret_cast<const float*>(stage + 2 * kUnitEntries * D)[row];
+      for (uint32_t* word : {&low.x, &low.y, &low.z, &low.w, &high.x, &high.y, &high.z, &high.w}) {
+        const float2 x = unpack_two<T>(*word);
+        *word = pack_two<T>(x.x * scale, x.y * scale);
+      }
+    }
+    *reinterpret_cast<uint4*>(to.at(row, channel)) = low;
+    *reinterpret_cast<uint4*>(to.at(row, channel + 8)) = high;
+  }
+}
+
+template <class T, class S, int D, int kQueries>
+__global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
+    paged_attention_kernel(const __grid_constant__ PagedAttention p) {
+  using Memory = PagedMemory<T, S, D, kQueries>;
   using Stage = typename Memory::Stage;
+  using P = Partial<D, kQueries>;
+  constexpr int N = kQueries / 8;
   const NewTokens& in = p.in;
   const auto [tokens, sequences, heads, kv_heads, channels, group] = in.shape;
   const int lane = threadIdx.x, worker = blockIdx.x, tile = blockIdx.y, all_heads = sequences * kv_heads;
-  const int first_row = tile * kRows, tiles = gridDim.y, rows = min(kRows, tokens * group - first_row);
-  if (!*in.ok) return;
+  const int first_row = tile * kQueries, tiles = gridDim.y, rows = min(kQueries, tokens * group - first_row);
+  const float per_group = reciprocal(group);
+  const auto token_of = [&](int row) { return int((first_row + row + 0.5f) * per_group); };  // a division, in short
+  const auto head_of = [&](int row) { return first_row + row - token_of(row) * group; };     // of its group
+  const bool ok = *in.ok;
+  const int units = p.first_unit[all_heads], first_head = p.first_head[worker];
+  const int share = (units + p.workers - 1) / p.workers, begin = worker * share, end = min(units, begin + share);
+  if (!ok || begin >= end) return;
 
   extern __shared__ __align__(16) char memory[];
   char* const ready = memory + Memory::kQueryBytes;
-  char* const stages = ready + Stage::kReadyBytes;
-
-  const int units = p.first_unit[all_heads], share = (units + p.workers - 1) / p.workers;
-  const int begin = worker * share, end = min(units, begin + share);
-  if (begin >= end) return;
-  const int first_head = p.first_head[worker];
-
-  // Copies, kStages - 1 stages ahead; their pages are looked up one stage before.
-  Copies<T, S, D> copies(stages);
-  Work copied = work_of<T>(p, first_head, begin, end);
-  int copied_stage = copied.first_stage();
-  const auto look_up = [&] { copies.look_up(copied.table, Work::first_entry(copied_stage), copied.bound(copied_stage)); };
-  look_up();
-  const auto copy_next = [&] {
-    copies.begin(p.cache, Work::first_entry(copied_stage), copied.bound(copied_stage));
-    if (copied.has_stage(copied_stage)) copied_stage = copied.next_stage(copied_stage);
-    if (!copied.has_stage(copied_stage) && copied.head + 1 < all_heads && p.first_unit[copied.head + 1] < end) {
-      copied = work_of<T>(p, copied.head + 1, begin, end);
-      copied_stage = copied.first_stage();
-    }
-    look_up();
-  };
-#pragma unroll 1
-  for (int i = 0; i < Memory::kStages - 1; ++i) copy_next();
-  const auto next_stage = [&] {
-    __syncwarp();  // the stage before is done with: it takes the next copies
-    copy_next();
-    return copies.next();
-  };
+  Copies<Memory, S, D> copies(p.cache, ready + Stage::kReadyBytes);
+  Work* const works = reinterpret_cast<Work*>(ready + Stage::kReadyBytes + Memory::kStagesBytes);
 
   // What is written here goes before copies that take the same place.
   const auto show_writes_of_warp = [] {
@@ -434,192 +520,261 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D>::kAtOnce) paged_atten
   };
   // Queries and values of no token must be 0: what is in memory may be NaN.
   const auto clear = [&](const Rows<T, D>& rows, int from, int to) {
+#pragma unroll 1
     for (int i = from * (D / 8) + lane; i < to * (D / 8); i += 32)
       *reinterpret_cast<uint4*>(rows.at(i / (D / 8), i % (D / 8) * 8)) = uint4{};
   };
 
-  for (int head = first_head; head < all_heads && p.first_unit[head] < end; ++head) {
-    const Work w = work_of<T>(p, head, begin, end);
-    const auto output_at = [&](int row) {  // of token row / group
-      row += first_row;
-      return static_cast<T*>(in.output) + row / group * in.output_stride.token + w.batch * in.output_stride.batch +
-             int64_t(w.kv_head * group + row % group) * in.output_stride.head;
+  constexpr bool kInRegisters = Memory::kQueriesInRegisters;
+  uint32_t columns[D / 32][N][4];  // queries, rotated: right operands of two products each
+  ColumnSums<D, N> sums;
+  const float scale = in.scale * kLog2E;
+
+  // The head and the stage that are copied, kStages - 1 ahead of those at hand; pages are looked up one stage before.
+  Work copied{}, w{};
+  copied.head = first_head - 1, copied.head_end = begin;
+  int copied_stage = 0, stage = 0, begun_works = 0, done_works = 0;
+#pragma unroll 1
+  for (int turn = -Memory::kStages;; ++turn) {
+    __syncwarp();  // the stage before is done with: it takes the next copies
+    if (turn > -Memory::kStages) copies.begin();
+    if (++copied_stage >= copied.to && copied.head_end < end) {
+      copied = work_of<T>(p, copied.head + 1, begin, end);
+      copied_stage = copied.first_stage();
+      if (lane == 0) works[begun_works % Memory::kWorks] = copied;
+      ++begun_works;
+    }
+    copies.look_up(copied, copied_stage);
+    if (turn < 0) continue;
+
+    char* const arrived = copies.next();
+    if (++stage >= w.to) w = works[done_works++ % Memory::kWorks], stage = w.first_stage();
+    const auto output_at = [&](int row) {
+      return static_cast<T*>(in.output) + token_of(row) * in.output_stride.token + w.batch * in.output_stride.batch +
+             (w.kv_head * group + head_of(row)) * in.output_stride.head;
     };
     const auto alpha_at = [&](int token) {
       return in.alpha + token * in.alpha_stride.token + w.batch * in.alpha_stride.batch + w.kv_head * in.alpha_stride.head;
     };
-    char* const query_stage = next_stage();
-    if (w.nobody()) {
-      next_stage();
-      for (int i = lane; i < rows * D; i += 32) output_at(i / D)[i % D] = from_float<T>(0.f);
-      if (tile == 0 && lane < tokens) *alpha_at(lane) = 0.f;
-      if (tile == 0 && lane == 0) in.new_lengths[head] = 0;
-      continue;
-    }
-    constexpr bool kInRegisters = Memory::kQueriesInRegisters;
-    const Rows<T, D> queries{reinterpret_cast<T*>(kInRegisters ? query_stage : memory)};
-    if (!kInRegisters) __syncwarp();  // those of the head before are done with
-    clear(queries, rows, kRows);
-    rotate_rows<T, D>(
-        in.rotary, queries, rows, 32,
-        [&](int row) {
-          row += first_row;
-          return static_cast<const T*>(in.query) + row / group * in.query_stride.token + w.batch * in.query_stride.batch +
-                 int64_t(w.kv_head * group + row % group) * in.query_stride.head;
-        },
-        [&](int row) { return w.position + (first_row + row) / group; });
-    __syncwarp();
-    uint32_t left[D / 16][1][4];
-    if (kInRegisters) {
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) queries.left(left[c], 0, c * 16);
-      show_writes_of_warp();
-    }
 
-    // New tokens: merged, and written into the cache.
-    New fresh;
-    Rows<T, D> new_rows{};
-    if (w.has_new) {
-      char* const stage = next_stage();
-      new_rows.data = reinterpret_cast<T*>(Stage::kScaled ? ready : stage);
-      clear(new_rows, kRows + tokens, 2 * kRows);
-      fresh = decide<T, D>(p, w);
-      switch (pairing_of(in.rotary)) {
-        case Pairing::kHalves: merge_new<T, S, D, Pairing::kHalves>(p, w, fresh, new_rows, tile == 0); break;
-        case Pairing::kInterleaved: merge_new<T, S, D, Pairing::kInterleaved>(p, w, fresh, new_rows, tile == 0); break;
-        default: merge_new<T, S, D, Pairing::kAny>(p, w, fresh, new_rows, tile == 0);
-      }
-      if (tile == 0) {
-        if (lane < tokens) *alpha_at(lane) = fresh.merging >> lane & 1;
-        if (lane == 0) in.new_lengths[head] = w.length + tokens - __popc(fresh.merging);
-      }
-      show_writes_of_warp();
-    }
-
-    Sums<D> sums;
-    const float scale = in.scale * kLog2E;
-    const auto attend = [&](const Rows<T, D>& entries, auto sees) {
-      float scores[1][2][4] = {};
+    const Rows<T, D> queries{reinterpret_cast<T*>(kInRegisters ? arrived : memory)};
+    const auto read_queries = [&](int c) {
 #pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t right[1][4];
-        if (!kInRegisters) queries.left(left[c], 0, c * 16);
-        entries.right_transposed(right, 0, c * 16);
-        multiply_add_tiles<T>(scores[0], left[c], right);
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int reg = i / 2;
-        float& x = scores[0][reg / 2][reg % 2 * 2 + i % 2];
-        if (!sees(tile_row(reg), tile_column(reg) + i % 2)) x = -INFINITY;
-      }
-      sums.rescale(sums.weigh(scores, scale));
-      uint32_t weights[1][1][4];
-      Sums<D>::template pack<T>(scores, weights);
-#pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t right[1][4];
-        entries.right(right, kRows, c * 16);
-        multiply_add_tiles<T>(sums.value[c], weights[0], right);
-      }
+      for (int n = 0; n < N; ++n) queries.right_of_8(columns[c][n], n * 8, c * 32);
     };
-    if (w.has_new) {
-      attend(new_rows, [&](int row, int column) {
-        const int token = (first_row + row) / group;
-        return column == token || (column < token && (fresh.surviving >> column & 1));
-      });
-    }
-    for (int unit = w.from; unit < w.to; ++unit) {
-      char* const stage = next_stage();
-      const int first = Work::first_entry(unit);
-      const Rows<T, D> entries = Stage::rows(stage, ready, first, w.closed, lane);
-      if (Stage::kScaled) {
+    if (stage < w.from && !w.is_new(stage)) {
+      sums = {};
+      if (w.nobody()) {
+#pragma unroll 1
+        for (int i = lane; i < rows * D; i += 32) output_at(i / D)[i % D] = from_float<T>(0.f);
+        if (tile == 0 && lane < tokens) *alpha_at(lane) = 0.f;
+        if (tile == 0 && lane == 0) in.new_lengths[w.head] = 0;
+      } else {
+        clear(queries, rows, kQueries);
+        rotate_rows<T, D>(
+            in.rotary, queries, rows, 32,
+            [&](int row) {
+              return static_cast<const T*>(in.query) + token_of(row) * in.query_stride.token + w.batch * in.query_stride.batch +
+                     (w.kv_head * group + head_of(row)) * in.query_stride.head;
+            },
+            [&](int row) { return w.position + token_of(row); });
         __syncwarp();
-      } else if (first + kUnitEntries > w.closed) {
-        clear(entries, kRows + w.closed - first, 2 * kRows);
+        if (kInRegisters) {
+#pragma unroll
+          for (int c = 0; c < D / 32; ++c) read_queries(c);
+          show_writes_of_warp();
+        }
+      }
+    } else {
+      // Entries, or new tokens as entries: keys as rows [0, 16), behind them values. `visible` has a bit for each of them.
+      const Rows<T, D> entries{reinterpret_cast<T*>(Stage::kScaled ? ready : arrived)};
+      uint32_t visible[N][2];  // for this lane's queries
+      float key_scale[2] = {1.f, 1.f}, value_scale[2] = {1.f, 1.f};  // of this lane's entries
+      int exist;
+      if (stage < w.from) {
+        // New tokens are merged, and written into the cache.
+        const New fresh = decide<T, D>(p, w);
+        switch (pairing_of(in.rotary)) {
+          case Pairing::kHalves: merge_new<T, S, D, Pairing::kHalves>(p, w, fresh, entries, tile == 0); break;
+          case Pairing::kInterleaved: merge_new<T, S, D, Pairing::kInterleaved>(p, w, fresh, entries, tile == 0); break;
+          default: merge_new<T, S, D, Pairing::kAny>(p, w, fresh, entries, tile == 0);
+        }
+        if (tile == 0) {
+          if (lane < tokens) *alpha_at(lane) = fresh.merging >> lane & 1;
+          if (lane == 0) in.new_lengths[w.head] = w.length + tokens - __popc(fresh.merging);
+        }
+        exist = tokens;
+#pragma unroll
+        for (int i = 0; i < 2 * N; ++i) {  // a token's own entry, and of those before it what later tokens do not change
+          const int token = token_of(i / 2 * 8 + lane % 4 * 2 + i % 2);
+          visible[i / 2][i % 2] = token < tokens ? 1u << token | (fresh.surviving & ((1u << token) - 1)) : 0u;
+        }
+      } else {
+        exist = min(w.closed - stage * kUnitEntries, kUnitEntries);
+        if constexpr (Stage::kScaled) {
+          unpack<T, D>(arrived, entries);
+          const float* const scales = reinterpret_cast<const float*>(arrived + Stage::kRows * D);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int entry = i * 8 + lane / 4;
+            key_scale[i] = scales[entry];
+            if (std::is_same_v<T, bf16> && entry < exist) value_scale[i] = scales[kUnitEntries + entry];
+          }
+          __syncwarp();
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * N; ++i) visible[i / 2][i % 2] = (1u << exist) - 1;
+      }
+      if (exist < kUnitEntries) {
+        clear(entries, kUnitEntries + exist, 2 * kUnitEntries);
         show_writes_of_warp();
       }
-      if (first + kUnitEntries <= w.closed)
-        attend(entries, [](int, int) { return true; });
-      else
-        attend(entries, [&](int, int column) { return first + column < w.closed; });
-    }
-    const int head_start = p.first_unit[head], head_end = p.first_unit[head + 1];
-    const bool whole = begin <= head_start && head_end <= end;
-    // A worker has at most two heads that it shares: the one that it begins with, and the one that it ends with.
-    const auto place_of = [&](int worker) { return ((worker * 2 + (head_start > worker * share)) * tiles) + tile; };
-    const auto partial_of = [&](int worker) { return Partial<D>{p.partial + int64_t(place_of(worker)) * Partial<D>::kFloats}; };
-    const Partial<D> own = partial_of(worker);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = tile_row(i);
-      const float weight = sums.total(i);
-      if (row >= rows) continue;
-      if (!whole && lane % 4 == 0) *own.total(row) = make_float2(sums.highest[i], weight);
+
+      float scores[N][4] = {}, others[N][4] = {};  // two sums at once: each waits for its last product
 #pragma unroll
       for (int c = 0; c < D / 16; ++c) {
+        uint32_t keys[1][4];
+        if (!kInRegisters && c % 2 == 0) read_queries(c / 2);
+        entries.left(keys, 0, c * 16);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int channel = c * 16 + half * 8 + lane % 4 * 2;
-          const float first = sums.value[c][half][2 * i], second = sums.value[c][half][2 * i + 1];
-          if (whole)
-            *reinterpret_cast<uint32_t*>(output_at(row) + channel) = pack_two<T>(first / weight, second / weight);
-          else
-            *reinterpret_cast<float2*>(own.sums(row, channel)) = make_float2(first, second);
+        for (int n = 0; n < N; ++n) {
+          const uint32_t* const column = columns[c / 2][n] + c % 2 * 2;
+          multiply_add(T{}, c % 2 ? others[n] : scores[n], keys[0], column[0], column[1]);
         }
       }
+#pragma unroll
+      for (int i = 0; i < 4 * N; ++i) scores[i / 4][i % 4] = (scores[i / 4][i % 4] + others[i / 4][i % 4]) * key_scale[i % 4 / 2];
+      if (exist < kUnitEntries) {
+#pragma unroll
+        for (int i = 0; i < 4 * N; ++i) {
+          if (!(visible[i / 4][i % 2] >> (lane / 4 + i % 4 / 2 * 8) & 1)) scores[i / 4][i % 4] = -INFINITY;
+        }
+      }
+      sums.weigh(scores, scale);
+      uint32_t weights[N][2];
+#pragma unroll
+      for (int i = 0; i < 2 * N; ++i) {
+        const float* const pair = scores[i / 2] + i % 2 * 2;
+        weights[i / 2][i % 2] = transposed(pack_two<T>(pair[0] * value_scale[i % 2], pair[1] * value_scale[i % 2]));
+      }
+#pragma unroll
+      for (int c = 0; c < D / 16; ++c) {
+        uint32_t values[1][4];
+        entries.left_transposed(values, kUnitEntries, c * 16);
+#pragma unroll
+        for (int n = 0; n < N; ++n) multiply_add(T{}, sums.value[c][n], values[0], weights[n][0], weights[n][1]);
+      }
     }
-    if (whole) continue;
 
-    const auto write_output = [&](int row, const auto& sum, float2 total) {
+    if (stage + 1 < w.to) continue;
+    if (!w.nobody()) {
+      // A worker has at most two heads that it shares: the one that it begins with, and the one that it ends with.
+      const bool whole = begin <= w.head_start && w.head_end <= end;
+      const auto place_of = [&](int worker) { return (worker * 2 + (w.head_start > worker * share)) * tiles + tile; };
+      const P own(p.partial, place_of(worker));
 #pragma unroll
-      for (int i = 0; i < D / 32; ++i) {
-        const int vector = i / Partial<D>::kVector, element = i % Partial<D>::kVector;
-        output_at(row)[Partial<D>::channel(vector) + element] = from_float<T>(sum[vector][element] / total.y);
-      }
-    };
-    // Workers [first, last] of the head; and those of them in this worker's group.
-    const int first = head_start / share, last = (head_end - 1) / share;
-    const bool in_groups = last - first >= kGroup;
-    const auto group_begin = [&](int worker) { return max(worker / kGroup * kGroup, first); };
-    if (in_groups) {
-      const int from = group_begin(worker), count = min(worker / kGroup * kGroup + kGroup - 1, last) - from + 1;
-      if (!arrives_last(p.arrived + all_heads * tiles + place_of(from), count)) continue;
-      const Partial<D> group_found = partial_of(from);
-      combine<D>(count, rows, [&](int n) { return partial_of(from + n); }, [&](int row, const auto& sum, float2 total) {
+      for (int n = 0; n < N; ++n) {
+        float weight[2];
 #pragma unroll
-        for (int i = 0; i < D / 32; ++i) {
-          const int vector = i / Partial<D>::kVector, element = i % Partial<D>::kVector;
-          group_found.sums(row, Partial<D>::channel(vector))[element] = sum[vector][element];
+        for (int i = 0; i < 2; ++i) weight[i] = sums.total(n, i);
+        if (whole) {
+          const int row = n * 8 + lane / 4;
+          T* const to = output_at(row) + lane % 4 * 2;
+          const float inverse[2] = {reciprocal(weight[0]), reciprocal(weight[1])};
+#pragma unroll
+          for (int c = 0; c < D / 8; ++c) {
+            const float* const pair = sums.value[c / 2][n] + c % 2 * 2;
+            const uint32_t two = transposed(pack_two<T>(pair[0] * inverse[0], pair[1] * inverse[1]));
+            if (row < rows) *reinterpret_cast<uint32_t*>(to + c * 8) = two;
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const int row = n * 8 + lane % 4 * 2 + i;
+            if (row >= rows) continue;
+            if (lane < 4) *own.total(row) = make_float2(sums.highest[n][i], weight[i]);
+            float* const to = own.sums(row, lane / 4);
+#pragma unroll
+            for (int c = 0; c < D / 8; ++c) to[c * 8] = sums.value[c / 2][n][c % 2 * 2 + i];
+          }
         }
-        if (lane == 0) *group_found.total(row) = total;
-      });
+      }
+      // Where a head falls to workers [first, last], those of a group combine what they found first if they are many.
+      const int first = w.head_start / share, last = (w.head_end - 1) / share;
+      const auto group_begin = [&](int worker) { return max(worker / kGroup * kGroup, first); };
+      const bool in_groups = last - first >= kGroup;
+#pragma unroll 1
+      for (int level = whole ? 2 : in_groups ? 0 : 1; level < 2; ++level) {
+        int from = first, count = last - first + 1;
+        int* counter = p.arrived + int64_t(w.head) * tiles + tile;
+        if (level == 0) {
+          from = group_begin(worker), count = min(worker / kGroup * kGroup + kGroup - 1, last) - from + 1;
+          counter = p.arrived + all_heads * tiles + place_of(from);
+        } else if (in_groups) {
+          count = last / kGroup - first / kGroup + 1;
+        }
+        if (!arrives_last(counter, count)) break;
+        const P found(p.partial, place_of(from));
+        combine<P, D>(
+            p.partial, count, rows, [&](int n) { return place_of(level && in_groups ? group_begin((first / kGroup + n) * kGroup) : from + n); },
+            [&](int row, auto& sum, float2 total) {
+              const float inverse = reciprocal(total.y);
+              T* const to = output_at(row);
+#pragma unroll
+              for (int i = 0; i < P::kVectors; ++i) {
+                if (level == 0) {
+                  store(found.sums(row, P::channel(i)), sum[i]);
+                } else {
+#pragma unroll
+                  for (float& x : sum[i]) x *= inverse;
+                  store(to + P::channel(i), sum[i]);
+                }
+              }
+              if (level == 0 && lane == 0) *found.total(row) = total;
+            });
+      }
     }
-    const int parts = in_groups ? last / kGroup - first / kGroup + 1 : last - first + 1;
-    if (!arrives_last(p.arrived + int64_t(head) * tiles + tile, parts)) continue;
-    combine<D>(parts, rows, [&](int n) { return partial_of(in_groups ? group_begin((first / kGroup + n) * kGroup) : first + n); }, write_output);
+    if (w.head_end >= end) return;
   }
+}
+
+// Calls f with a kernel's number of queries at once: as few as there are of a KV head, where that is possible.
+template <class F>
+auto with_queries(int queries, F&& f) {
+  return queries <= 8 ? f(std::integral_constant<int, 8>{}) : f(std::integral_constant<int, 16>{});
 }
 
 template <class T, class S, int D>
 cudaError_t launch(const PagedAttention& p, cudaStream_t stream) {
-  constexpr int bytes = PagedMemory<T, S, D>::kBytes;
-  if (auto error = cudaFuncSetAttribute(paged_attention_kernel<T, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-    return error;
-  const dim3 grid(p.workers, (p.in.shape.tokens * p.in.shape.group + kRows - 1) / kRows);
-  paged_attention_kernel<T, S, D><<<grid, 32, bytes, stream>>>(p);
-  return cudaGetLastError();
+  const int queries = p.in.shape.tokens * p.in.shape.group;
+  return with_queries(queries, [&](auto at_once) {
+    constexpr int kQueries = at_once, bytes = PagedMemory<T, S, D, kQueries>::kBytes;
+    const auto kernel = paged_attention_kernel<T, S, D, kQueries>;
+    if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+    const dim3 grid(p.workers, (queries + kQueries - 1) / kQueries);
+    kernel<<<grid, 32, bytes, stream>>>(p);
+    return cudaGetLastError();
+  });
 }
 
+// Of the kernel that has room for fewer.
 template <class T, class S, int D>
 int workers() {
-  constexpr int bytes = PagedMemory<T, S, D>::kBytes;
-  int device = 0, processors = 0, blocks = 0;
-  if (cudaFuncSetAttribute(paged_attention_kernel<T, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ||
-      cudaGetDevice(&device) || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device) ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, paged_attention_kernel<T, S, D>, 32, bytes))
-    return 0;
-  return blocks * processors;
+  int device = 0, processors = 0, least = 0;
+  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return 0;
+  for (const int queries : {8, 16}) {
+    const int found = with_queries(queries, [&](auto at_once) {
+      constexpr int kQueries = at_once, bytes = PagedMemory<T, S, D, kQueries>::kBytes;
+      const auto kernel = paged_attention_kernel<T, S, D, kQueries>;
+      int blocks = 0;
+      if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ||
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32, bytes))
+        return 0;
+      return blocks * processors;
+    });
+    least = queries == 8 ? found : min(least, found);
+  }
+  return least;
 }
 
 }  // namespace

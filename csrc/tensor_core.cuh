@@ -90,6 +90,15 @@ struct Rows {
   __device__ void right(uint32_t (&to)[Planes<T>::elements][4], int row, int channel) const {
     read<true, false>(to, row, channel);
   }
+  // The tile as a left operand whose rows are channels.
+  __device__ void left_transposed(uint32_t (&to)[Planes<T>::elements][4], int row, int channel) const {
+    read<true, true>(to, row, channel);
+  }
+  // Eight rows of 16 bits and 32 channels as two right operands whose columns are the rows: of 16 channels each.
+  __device__ void right_of_8(uint32_t (&to)[4], int row, int channel) const {
+    const int lane = threadIdx.x % 32;
+    load_matrices<false>(to, shared_address(at(row + lane % 8, channel + lane / 8 * 8)));
+  }
 
  private:
   // `kTransposed`: registers pair up along rows instead of channels. `kSwapped`: the second and third of the four

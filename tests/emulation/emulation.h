@@ -258,6 +258,12 @@ inline uint32_t __ballot_sync(uint32_t mask, int vote) {
     return votes;
   });
 }
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t from) {
+  uint32_t z = 0;
+  for (int i = 0; i < 4; ++i) z |= uint32_t(((uint64_t(y) << 32 | x) >> 8 * (from >> 4 * i & 7)) & 0xff) << 8 * i;
+  return z;
+}
+inline int __clz(uint32_t x) { return std::countl_zero(x); }
 inline int __popc(uint32_t x) { return std::popcount(x); }
 inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 template <class T>

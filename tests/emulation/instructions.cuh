@@ -11,6 +11,8 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline float power_of_2(float x) { return std::exp2(x); }
 
+inline float reciprocal(float x) { return 1.f / x; }
+
 template <class P>
 inline void multiply_add(P, float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint64_t brought[6] = {a[0], a[1], a[2], a[3], b0, b1};
@@ -47,6 +49,18 @@ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
       to[i] = two[0] | uint32_t(two[1]) << 16;
     }
     return 0;
+  });
+}
+
+inline uint32_t transposed(uint32_t x) {
+  return emulation::meet(~0u, {x}, [&](emulation::Warp& w) {
+    const int lane = emulation::lane();
+    uint32_t y = 0;
+    for (int n = 0; n < 2; ++n) {
+      const int row = lane % 4 * 2 + n, column = lane / 4;
+      y |= uint32_t(uint16_t(w.slots[row * 4 + column / 2][0] >> 16 * (column % 2))) << 16 * n;
+    }
+    return y;
   });
 }
 
