@@ -374,7 +374,7 @@ struct CacheCall : Call {
     cache.tokens = longs(tokens, "tokens", {s});
     if (in.window) {
       require(recent && recent_weights, "a window needs recent and recent_weights");
-      cache.recent_tokens = in.window - 1 + dmc::kMaxNewTokens;
+      cache.recent_tokens = (in.window - 1 + dmc::kMaxNewTokens + 3) / 4 * 4;
       cache.recent = contiguous_out(*recent, "recent", {s, g, cache.recent_tokens, 2, d}, type);
       cache.recent_weights = static_cast<float*>(
           contiguous_out(*recent_weights, "recent_weights", {s, g, cache.recent_tokens}, ScalarType::Float));

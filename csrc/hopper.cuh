@@ -75,6 +75,14 @@ __device__ inline void copy_bytes(void* to, const void* from, int bytes, Barrier
                "l"(from), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
+// The same of what nothing else will read soon: it is the first to leave the L2 cache.
+__device__ inline void copy_bytes_once(void* to, const void* from, int bytes, Barrier* barrier) {
+  constexpr uint64_t kEvictFirst = 0x12f0000000000000;  // as createpolicy.fractional.L2::evict_first makes it
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(kEvictFirst)
+               : "memory");
+}
 
 // What this thread wrote to shared memory becomes visible to asynchronous copies and products.
 __device__ inline void show_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -10,6 +10,9 @@
 //
 // Entries are the rows of the products on the tensor cores, queries their columns: of those there may be as few as eight.
 //
+// Queries, and what a new token is merged from, travel through the same stages as entries, ahead of their use. Loads would
+// queue up behind the copies under way, and come microseconds later; merging has several that wait for one another.
+//
 // What runs once costs what fetching its code costs, tens of microseconds in all. So there is one loop, one place that
 // copies, one that attends, one that combines.
 #include <type_traits>
@@ -50,12 +53,99 @@ struct PagedMemory {
   static constexpr int kStages = Stage::kScaled || D == 96 ? 4 : D == 64 ? 6 : 3;
   static constexpr bool kQueriesInRegisters = D * kQueries <= 2048;  // else they have memory of their own
   static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : Rows<T, D>::bytes(kQueries);
+  static constexpr int kAllQueries = kQueries;
   static constexpr int kAtOnce = D <= 128 ? 8 : 4;  // workers on a multiprocessor
   static constexpr int kWorks = 8;  // heads under way at once: the one at hand, and at most one for every stage
   static_assert(kStages < kWorks);
   static constexpr int kStagesBytes = kStages * (Stage::kStageBytes + sizeof(Barrier));
   static constexpr int kBytes = kQueryBytes + Stage::kReadyBytes + kStagesBytes + kWorks * int(sizeof(Work));
   static_assert(Stage::kStageBytes >= Rows<T, D>::bytes(kQueries));  // queries pass through one
+};
+
+// A piece of input that is copied into a stage.
+struct Piece {
+  const void* from;
+  int to, bytes;
+};
+
+// Bytes of one token's angles in each of the two tables, where they can be copied.
+__device__ inline int angle_bytes(const Rotary& rotary) { return rotary.pairs % 4 ? 0 : rotary.pairs * int(sizeof(float)); }
+
+// The stage that a head's queries pass through: a tile's rows, unrotated, behind the place of the rotated ones, and the
+// angles of the new tokens' positions, if there is room for them.
+template <class T, int D, class Memory>
+struct QueryStage {
+  static constexpr int kRowBytes = D * int(sizeof(T));
+  static constexpr int kRows = Memory::kQueriesInRegisters && !Memory::Stage::kScaled ? Rows<T, D>::bytes(Memory::kAllQueries) : 0;
+  static_assert(kRows + Memory::kAllQueries * kRowBytes <= Memory::Stage::kStageBytes);
+  int rows, angles, table_bytes;  // where the angles begin, and the bytes of either table; 0: they are read from where they are
+
+  __device__ QueryStage(const PagedAttention& p, int rows) : rows(rows), angles(kRows + rows * kRowBytes) {
+    table_bytes = p.in.shape.tokens * angle_bytes(p.in.rotary);
+    if (angles + 2 * table_bytes > Memory::Stage::kStageBytes) table_bytes = 0;
+  }
+  __device__ int pieces() const { return rows + 2; }
+  __device__ int bytes() const { return rows * kRowBytes + 2 * table_bytes; }
+  // `query(row)`: where a row is.
+  template <class F>
+  __device__ Piece piece(int i, const Rotary& rotary, int position, F query) const {
+    if (i < rows) return {query(i), kRows + i * kRowBytes, kRowBytes};
+    return {(i == rows ? rotary.cos : rotary.sin) + position * rotary.stride.token, angles + (i - rows) * table_bytes, table_bytes};
+  }
+  __device__ const T* row(const char* stage, int i) const { return reinterpret_cast<const T*>(stage + kRows) + i * D; }
+};
+
+// The tables to rotate with, and where position 0 of a sequence's new tokens is in them.
+struct Angles {
+  Rotary rotary;
+  int first;
+
+  __device__ Angles(const Rotary& rotary, int position, const char* staged, int table_bytes) : rotary(rotary), first(position) {
+    if (!table_bytes) return;
+    this->rotary.cos = reinterpret_cast<const float*>(staged);
+    this->rotary.sin = reinterpret_cast<const float*>(staged + table_bytes);
+    first = 0;
+  }
+};
+
+// The stage of a head's one new token: its key and value, its angles, the last eight channels of its queries, and, if it
+// merges, the ring's weights and the tokens before it, newest first, as many as there is room for. Several new tokens
+// leave it empty, and what is not in it is read from where it is.
+template <class T, int D, class Memory>
+struct NewStage {
+  static constexpr int kTokenBytes = 2 * D * int(sizeof(T)), kLastBytes = 8 * int(sizeof(T));
+  bool used;
+  int table_bytes, weight_bytes, tokens;
+  int last, weights, recent;  // where they begin; angles lie behind the token
+
+  __device__ NewStage(const PagedAttention& p, const Work& w) {
+    table_bytes = angle_bytes(p.in.rotary);
+    weight_bytes = p.in.window && w.merges ? p.cache.recent_tokens * int(sizeof(float)) : 0;
+    last = kTokenBytes + 2 * table_bytes, weights = last + p.in.shape.group * kLastBytes, recent = weights + weight_bytes;
+    used = p.in.shape.tokens == 1 && recent <= Memory::Stage::kStageBytes;
+    tokens = used && weight_bytes ? min(min(p.in.window - 1, w.position), (Memory::Stage::kStageBytes - recent) / kTokenBytes) : 0;
+    if (!used) table_bytes = 0;
+  }
+  __device__ int pieces() const { return used ? 5 + (last_pieces() + tokens) : 0; }
+  __device__ int last_pieces() const { return (weights - last) / kLastBytes; }
+  __device__ int bytes() const { return used ? recent + tokens * kTokenBytes : 0; }
+  __device__ Piece piece(int i, const PagedAttention& p, const Work& w) const {
+    const NewTokens& in = p.in;
+    const T* const key = static_cast<const T*>(in.key) + w.batch * in.key_stride.batch + w.kv_head * in.key_stride.head;
+    const T* const value = static_cast<const T*>(in.value) + w.batch * in.value_stride.batch + w.kv_head * in.value_stride.head;
+    if (i < 2) return {i ? value : key, i * kTokenBytes / 2, kTokenBytes / 2};
+    if (i < 4) return {(i == 2 ? in.rotary.cos : in.rotary.sin) + w.position * in.rotary.stride.token, kTokenBytes + (i - 2) * table_bytes, table_bytes};
+    if (i == 4) return {p.cache.recent_weights + w.kv_row * p.cache.recent_tokens, weights, weight_bytes};
+    i -= 5;
+    if (i < last_pieces()) {
+      const T* const query = static_cast<const T*>(in.query) + w.batch * in.query_stride.batch +
+                             (int64_t(w.kv_head) * in.shape.group + i) * in.query_stride.head;
+      return {query + D - 8, last + i * kLastBytes, kLastBytes};
+    }
+    i -= last_pieces();
+    const int place = w.newest - 1 - i, ring = place < 0 ? place + p.cache.recent_tokens : place;
+    return {static_cast<const T*>(p.cache.recent) + (w.kv_row * p.cache.recent_tokens + ring) * 2 * D, recent + i * kTokenBytes, kTokenBytes};
+  }
 };
 
 #if (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900) || defined(MEGATRON_DMC_EMULATES_AMPERE)
@@ -108,26 +198,39 @@ struct Copies {
 
   // Begin to copy it.
   __device__ void begin() {
-    Barrier* const barrier = arrived + begun;
     const int held = max(min(rows - in_unit, min(kPageEntries, kUnitEntries)), 0);
     const int bytes = (held * row_bytes + 15) / 16 * 16;  // scales come in pieces of 16 bytes
     const char* const source = from + (int64_t(page) * 2 * kPageEntries + (kPages == 1 ? first % kPageEntries : 0)) * row_bytes;
-    char* const target = stages + begun * Stage::kStageBytes + to;
     if constexpr (kBulkCopies) {
       if (lane < kPieces) {
-        arrive_and_expect(barrier, bytes);
-        if (bytes) copy_bytes(target, source, bytes, barrier);
+        arrive_and_expect(arrived + begun, bytes);
+        if (bytes) copy_bytes_once(beginning() + to, source, bytes, arrived + begun);
       }
     } else {
       for (int piece = 0; piece < kPieces; ++piece) {
         const auto of_piece = [&](auto x) { return __shfl_sync(~0u, x, piece); };
-        const int all = of_piece(bytes), offset = of_piece(int(target - stages));
-        const char* const piece_source = reinterpret_cast<const char*>(of_piece(reinterpret_cast<unsigned long long>(source)));
-        for (int i = lane * 16; i < all; i += 32 * 16) copy_16_bytes(shared_address(stages + offset + i), piece_source + i, true);
+        copy_by_all({reinterpret_cast<const void*>(of_piece(reinterpret_cast<unsigned long long>(source))), of_piece(to), of_piece(bytes)});
       }
-      end_of_copies();
     }
-    begun = begun + 1 == kStages ? 0 : begun + 1;
+    has_begun();
+  }
+
+  // Begin to copy something else, so many pieces of so many bytes together.
+  template <class F>
+  __device__ void begin(int pieces, int bytes, F piece) {
+    if constexpr (kBulkCopies) {
+      if (lane < kPieces) arrive_and_expect(arrived + begun, lane == 0 ? bytes : 0);
+      __syncwarp();
+    }
+#pragma unroll 1
+    for (int i = kBulkCopies ? lane : 0; i < pieces; i += kBulkCopies ? 32 : 1) {
+      const Piece x = piece(i);
+      if constexpr (!kBulkCopies)
+        copy_by_all(x);
+      else if (x.bytes)
+        copy_bytes(beginning() + x.to, x.from, x.bytes, arrived + begun);
+    }
+    has_begun();
   }
 
   // The next stage, when all of it has arrived.
@@ -140,6 +243,16 @@ struct Copies {
     done = done + 1 == kStages ? 0 : done + 1;
     parity ^= done == 0;
     return stage;
+  }
+
+ private:
+  __device__ char* beginning() const { return stages + begun * Stage::kStageBytes; }
+  __device__ void copy_by_all(const Piece& x) const {
+    for (int i = lane * 16; i < x.bytes; i += 32 * 16) copy_16_bytes(shared_address(beginning() + x.to + i), static_cast<const char*>(x.from) + i, true);
+  }
+  __device__ void has_begun() {
+    if constexpr (!kBulkCopies) end_of_copies();
+    begun = begun + 1 == kStages ? 0 : begun + 1;
   }
 };
 
@@ -173,8 +286,8 @@ struct New {
   int open;                     // tokens of the ring that the first one merges with
 };
 
-template <class T, int D>
-__device__ New decide(const PagedAttention& p, const Work& w) {
+template <class T, int D, class Staged>
+__device__ New decide(const PagedAttention& p, const Work& w, const Staged& staged, const char* stage) {
   const NewTokens& in = p.in;
   const PagedLayer& cache = p.cache;
   const int lane = threadIdx.x % 32, tokens = in.shape.tokens, group = in.shape.group;
@@ -186,6 +299,7 @@ __device__ New decide(const PagedAttention& p, const Work& w) {
   const bool looks_back = in.window && w.merges;
   const T* const recent = static_cast<const T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
   const auto decision = [&](int back) {
+    if (back <= staged.tokens) return reinterpret_cast<const T*>(stage + staged.recent)[(back - 1) * 2 * D + D - 1];
     const int place = w.newest - back;
     return recent[(place < 0 ? place + cache.recent_tokens : place) * 2 * D + D - 1];
   };
@@ -193,11 +307,12 @@ __device__ New decide(const PagedAttention& p, const Work& w) {
   T last{};
   if (looks_back && in_window(1 + lane)) last = decision(1 + lane);  // on its way meanwhile
   if (exists) {
-    merges = w.position + lane > 0 && to_float(static_cast<const T*>(in.key)[lane * in.key_stride.token + w.batch * in.key_stride.batch +
-                                                                             w.kv_head * in.key_stride.head + D - 1]) > in.offset;
-    const T* const query = static_cast<const T*>(in.query) + lane * in.query_stride.token + w.batch * in.query_stride.batch +
-                           int64_t(w.kv_head) * group * in.query_stride.head;
-    fresh.weight = importance(query, in.query_stride.head, group, D - 1, in.offset);
+    const T* key = static_cast<const T*>(in.key) + lane * in.key_stride.token + w.batch * in.key_stride.batch + w.kv_head * in.key_stride.head;
+    const T* last = static_cast<const T*>(in.query) + lane * in.query_stride.token + w.batch * in.query_stride.batch +
+                    int64_t(w.kv_head) * group * in.query_stride.head + D - 1;
+    if (staged.used) key = reinterpret_cast<const T*>(stage), last = reinterpret_cast<const T*>(stage + staged.last) + 7;
+    merges = w.position + lane > 0 && to_float(key[D - 1]) > in.offset;
+    fresh.weight = importance(last, staged.used ? 8 : in.query_stride.head, group, 0, in.offset);
   }
   fresh.merging = __ballot_sync(~0u, merges);
   fresh.surviving = ~(fresh.merging >> 1) & (~0u >> (32 - tokens));
@@ -217,9 +332,10 @@ __device__ New decide(const PagedAttention& p, const Work& w) {
 }
 
 // Merge the new tokens: rotated keys become rows [0, 16), values rows [16, 32). With `keeps`, also take them into the
-// cache.
-template <class T, class S, int D, Pairing kPairing>
-__device__ void merge_new(const PagedAttention& p, const Work& w, const New& fresh, const Rows<T, D>& rows, bool keeps) {
+// cache. `rows` may lie in the stage.
+template <class T, class S, int D, Pairing kPairing, class Staged>
+__device__ void merge_new(const PagedAttention& p, const Work& w, const New& fresh, const Staged& staged, const char* stage,
+                          const Rows<T, D>& rows, bool keeps) {
   const NewTokens& in = p.in;
   const PagedLayer& cache = p.cache;
   const int lane = threadIdx.x % 32, tokens = in.shape.tokens;
@@ -228,13 +344,17 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
   const int64_t parity = in.window ? 0 : cache.steps[w.slot] % 2;
   T* const recent = static_cast<T*>(cache.recent) + w.kv_row * cache.recent_tokens * 2 * D;
   float* const recent_weights = cache.recent_weights + w.kv_row * cache.recent_tokens;
+  const float* const read_weights = staged.used ? reinterpret_cast<const float*>(stage + staged.weights) : recent_weights;
+  const T* const staged_recent = reinterpret_cast<const T*>(stage + staged.recent);
+  const Angles angles(in.rotary, w.position, stage + Staged::kTokenBytes, staged.table_bytes);
 #pragma unroll 1
   for (int pass = 0; pass < (kParts == 1 ? 2 : 1); ++pass) {
     const int part = kParts == 1 ? pass : lane / kLanes<D>;  // keys, then values
     const bool takes_part = part < 2 && pairs.exist();
-    const T* const source = part == 0 ? static_cast<const T*>(in.key) + w.batch * in.key_stride.batch + w.kv_head * in.key_stride.head
+    const T* source = part == 0 ? static_cast<const T*>(in.key) + w.batch * in.key_stride.batch + w.kv_head * in.key_stride.head
                                       : static_cast<const T*>(in.value) + w.batch * in.value_stride.batch + w.kv_head * in.value_stride.head;
     const int64_t stride = part == 0 ? in.key_stride.token : in.value_stride.token;
+    if (staged.used) source = reinterpret_cast<const T*>(stage) + part * D;
     PairValues sum = {};
     float total = 0.f;
     int entry = w.length - 1;
@@ -253,7 +373,7 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
       const bool survives = keeps && takes_part && (fresh.surviving >> i & 1);
       const int64_t entry_at = survives ? entry_row(w.table, entry) : 0;
       Rotation rotation;
-      if (part == 0 && pairs.exist()) rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, w.position + i, 0));
+      if (part == 0 && pairs.exist()) rotation.read(angles.rotary, pairs, Rotation::offset(angles.rotary, angles.first + i, 0));
       if (in.window || !merges) sum = {}, total = 0.f;
       // The segment's tokens that the window reaches, newest first: new ones, then those of the ring.
       const int chain = __clz(~(fresh.merging << (31 - i)));  // new tokens up to here that merge, one after the other
@@ -269,9 +389,11 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
           const int token = i - n - k, place = w.newest + token, ring = place < 0 ? place + cache.recent_tokens : place;
           const bool exists = n + k < reached;
           weights[k] = __shfl_sync(~0u, fresh.weight, max(token, 0));
-          if (exists && token < 0) weights[k] = recent_weights[ring];
+          if (exists && token < 0) weights[k] = read_weights[ring];
           if (!exists) weights[k] = 0.f;
-          if (exists && takes_part) packs[k] = pairs.read_pack(token < 0 ? recent + (ring * 2 + part) * D : source + token * stride);
+          const T* from = source + token * stride;
+          if (token < 0) from = -token <= staged.tokens ? staged_recent + ((-token - 1) * 2 + part) * D : recent + (ring * 2 + part) * D;
+          if (exists && takes_part) packs[k] = pairs.read_pack(from);
         }
         if (n == 0) own = packs[0];
 #pragma unroll
@@ -286,6 +408,7 @@ __device__ void merge_new(const PagedAttention& p, const Work& w, const New& fre
         }
       }
       const float weight = __shfl_sync(~0u, fresh.weight, i);
+      __syncwarp();  // a staged token has been read by all lanes: rows may take its place
       if (!takes_part) continue;
       PairValues mean;
       const float inverse = reciprocal(total);
@@ -525,6 +648,11 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
       *reinterpret_cast<uint4*>(rows.at(i / (D / 8), i % (D / 8) * 8)) = uint4{};
   };
 
+  const QueryStage<T, D, Memory> query_stage(p, rows);
+  const auto query_at = [&](const Work& w, int row) {
+    return static_cast<const T*>(in.query) + token_of(row) * in.query_stride.token + w.batch * in.query_stride.batch +
+           (w.kv_head * group + head_of(row)) * in.query_stride.head;
+  };
   constexpr bool kInRegisters = Memory::kQueriesInRegisters;
   uint32_t columns[D / 32][N][4];  // queries, rotated: right operands of two products each
   ColumnSums<D, N> sums;
@@ -537,7 +665,18 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
 #pragma unroll 1
   for (int turn = -Memory::kStages;; ++turn) {
     __syncwarp();  // the stage before is done with: it takes the next copies
-    if (turn > -Memory::kStages) copies.begin();
+    if (turn > -Memory::kStages) {
+      if (copied_stage >= copied.from || copied.nobody()) {
+        copies.begin();
+      } else if (copied.is_new(copied_stage)) {
+        const NewStage<T, D, Memory> staged(p, copied);
+        copies.begin(staged.pieces(), staged.bytes(), [&](int i) { return staged.piece(i, p, copied); });
+      } else {
+        copies.begin(query_stage.pieces(), query_stage.bytes(), [&](int i) {
+          return query_stage.piece(i, in.rotary, copied.position, [&](int row) { return query_at(copied, row); });
+        });
+      }
+    }
     if (++copied_stage >= copied.to && copied.head_end < end) {
       copied = work_of<T>(p, copied.head + 1, begin, end);
       copied_stage = copied.first_stage();
@@ -557,7 +696,7 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
       return in.alpha + token * in.alpha_stride.token + w.batch * in.alpha_stride.batch + w.kv_head * in.alpha_stride.head;
     };
 
-    const Rows<T, D> queries{reinterpret_cast<T*>(kInRegisters ? arrived : memory)};
+    const Rows<T, D> queries{reinterpret_cast<T*>(!kInRegisters ? memory : Stage::kScaled ? ready : arrived)};
     const auto read_queries = [&](int c) {
 #pragma unroll
       for (int n = 0; n < N; ++n) queries.right_of_8(columns[c][n], n * 8, c * 32);
@@ -571,13 +710,10 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
         if (tile == 0 && lane == 0) in.new_lengths[w.head] = 0;
       } else {
         clear(queries, rows, kQueries);
+        const Angles angles(in.rotary, w.position, arrived + query_stage.angles, query_stage.table_bytes);
         rotate_rows<T, D>(
-            in.rotary, queries, rows, 32,
-            [&](int row) {
-              return static_cast<const T*>(in.query) + token_of(row) * in.query_stride.token + w.batch * in.query_stride.batch +
-                     (w.kv_head * group + head_of(row)) * in.query_stride.head;
-            },
-            [&](int row) { return w.position + token_of(row); });
+            angles.rotary, queries, rows, 32, [&](int row) { return query_stage.row(arrived, row); },
+            [&](int row) { return angles.first + token_of(row); });
         __syncwarp();
         if (kInRegisters) {
 #pragma unroll
@@ -593,11 +729,12 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
       int exist;
       if (stage < w.from) {
         // New tokens are merged, and written into the cache.
-        const New fresh = decide<T, D>(p, w);
+        const NewStage<T, D, Memory> staged(p, w);
+        const New fresh = decide<T, D>(p, w, staged, arrived);
         switch (pairing_of(in.rotary)) {
-          case Pairing::kHalves: merge_new<T, S, D, Pairing::kHalves>(p, w, fresh, entries, tile == 0); break;
-          case Pairing::kInterleaved: merge_new<T, S, D, Pairing::kInterleaved>(p, w, fresh, entries, tile == 0); break;
-          default: merge_new<T, S, D, Pairing::kAny>(p, w, fresh, entries, tile == 0);
+          case Pairing::kHalves: merge_new<T, S, D, Pairing::kHalves>(p, w, fresh, staged, arrived, entries, tile == 0); break;
+          case Pairing::kInterleaved: merge_new<T, S, D, Pairing::kInterleaved>(p, w, fresh, staged, arrived, entries, tile == 0); break;
+          default: merge_new<T, S, D, Pairing::kAny>(p, w, fresh, staged, arrived, entries, tile == 0);
         }
         if (tile == 0) {
           if (lane < tokens) *alpha_at(lane) = fresh.merging >> lane & 1;
