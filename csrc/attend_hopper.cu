@@ -1,9 +1,9 @@
 // Attention of prompts' chunks on Hopper: what attend_kernel in paged_chunks.cu computes, by its asynchronous copies and
 // products.
 //
-// First, a kernel of its own rotates all queries. Until a query's output is known, it lies where that will be.
+// The merge has rotated all queries. Until a query's output is known, it lies where that will be.
 //
-// Then a block stays and takes tile after tile: 128 queries of one KV head, tokens times heads of the group. Its warps have
+// A block stays and takes tile after tile: 128 queries of one KV head, tokens times heads of the group. Its warps have
 // four roles, and meet at barriers in shared memory.
 //
 //   copies     one warp: pages of entries into two stages of keys and two of values
@@ -14,6 +14,8 @@
 // A query sees the entries before its token's own, and that one as it stood then. Where the next token did not change it,
 // it is the one in its page, and one entry more is seen; otherwise the merge left it beside: its score begins the sums,
 // and its value ends them.
+#include <algorithm>
+
 #include "hopper.cuh"
 #include "paged.cuh"
 
@@ -31,6 +33,7 @@ static_assert(kFetching + 2 * kAttending <= 3 * kRegisters);
 struct Attend {
   PagedChunks p;
   int tiles;     // of all KV heads and chunks
+  int abreast;   // pairs of a KV head and a chunk that blocks work on at the same time
   int no_row;    // behind the last one of the pages
   BoxMap pages;  // [pages * 2 * kPageEntries, d]
 };
@@ -74,18 +77,22 @@ struct Tile {
   __device__ int token(int row) const { return min((first_row + row) / group, count - 1); }
 };
 
-// Calls f(tile) for this block's tiles: long ones first, and every second round backwards, so that all have the same work.
+// Calls f(tile) for this block's tiles. Blocks work on as many heads at a time as fit into the L2 cache together; of those,
+// long tiles come first, and every second round goes backwards, so that all have the same work.
 template <class F>
 __device__ inline void for_each_tile(const Attend& a, F f) {
   const PagedChunks& p = a.p;
-  const int blocks = gridDim.x, block = blockIdx.x, kv_heads = p.in.shape.kv_heads, abreast = kv_heads * p.in.shape.batch;
+  const int blocks = gridDim.x, block = blockIdx.x, kv_heads = p.in.shape.kv_heads, heads = kv_heads * p.in.shape.batch;
+  const int tiles_of_head = a.tiles / heads;
   for (int round = 0; round * blocks < a.tiles; ++round) {
     const int index = round * blocks + (round % 2 ? blocks - 1 - block : block);
     if (index >= a.tiles) continue;
+    const int first_head = index / (a.abreast * tiles_of_head) * a.abreast, abreast = min(a.abreast, heads - first_head);
+    const int inside = index - first_head * tiles_of_head, head = first_head + inside % abreast;
     Tile t;
-    t.kv_head = index % kv_heads, t.chunk = index % abreast / kv_heads, t.group = p.in.shape.group;
+    t.kv_head = head % kv_heads, t.chunk = head / kv_heads, t.group = p.in.shape.group;
     t.first = p.first_token[t.chunk], t.count = p.first_token[t.chunk + 1] - t.first;
-    t.first_row = (a.tiles / abreast - 1 - index / abreast) * kQueries;
+    t.first_row = (tiles_of_head - 1 - inside / abreast) * kQueries;
     t.rows = min(kQueries, t.count * t.group - t.first_row);
     if (t.rows > 0) f(t);
   }
@@ -98,10 +105,10 @@ struct Seen {
   int64_t index;
 
   __device__ Seen(const PagedChunks& p, const Tile& t, int token) {
-    const int kv_heads = p.in.shape.kv_heads;
-    index = int64_t(t.first + token) * kv_heads + t.kv_head;
-    const int entry = p.entry[index];
-    own = token + 1 == t.count || p.entry[index + kv_heads] != entry;
+    const ChunkEntries entries(p, t.chunk, t.kv_head);
+    const int entry = entries[token];
+    index = entries.index(token);
+    own = token + 1 == t.count || entries[token + 1] != entry;
     limit = entry + own;
   }
 };
@@ -148,37 +155,6 @@ __device__ void copy_entries(const Attend& a, Memory<T, D>& memory) {
       row = next_row;
     }
   });
-}
-
-constexpr int kTurnThreads = 256, kTurnRows = 4;  // of the same lanes, at once
-
-// Rotate queries, and find their scores with own entries that lie beside.
-template <class T, int D, Pairing kPairing>
-__global__ void __launch_bounds__(kTurnThreads) turn_kernel(const __grid_constant__ PagedChunks p) {
-  constexpr int kAtOnce = kTurnThreads / kLanes<D>;
-  const NewTokens& in = p.in;
-  const int kv_heads = in.shape.kv_heads, group = in.shape.group, kv_head = blockIdx.x, chunk = blockIdx.y;
-  const int first = p.first_token[chunk], count = p.first_token[chunk + 1] - first, rows = count * group;
-  const int first_row = blockIdx.z * kAtOnce * kTurnRows + threadIdx.x / kLanes<D>;
-  if (!*in.ok || int(blockIdx.z) * kAtOnce * kTurnRows >= rows) return;
-  const LanePairs<D, kPairing> pairs(in.rotary, threadIdx.x % kLanes<D> * 4);
-  const int position = int(p.cache.tokens[in.slots[chunk]]);
-#pragma unroll
-  for (int i = 0; i < kTurnRows; ++i) {
-    const int row = first_row + i * kAtOnce, inside = min(row, rows - 1), token = inside / group, head = kv_head * group + inside % group;
-    const int64_t index = int64_t(first + token) * kv_heads + kv_head;
-    const bool beside = token + 1 < count && p.entry[index + kv_heads] == p.entry[index];
-    PairValues key = {};
-    if (beside) key = pairs.read(static_cast<const T*>(p.own) + index * 2 * D);
-    Rotation rotation;
-    rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, position + token, 0));
-    const T* const query = static_cast<const T*>(in.query) + (first + token) * in.query_stride.token + head * in.query_stride.head;
-    const PairPack<T> pack = pairs.template pack<T>(rotation.apply(pairs.read(query), pairs.have_last()));
-    const float score = dot<D>(pairs.values(pack), key);
-    if (row >= rows) continue;
-    pairs.write_pack(static_cast<T*>(in.output) + (first + token) * in.output_stride.token + head * in.output_stride.head, pack);
-    if (beside && threadIdx.x % kLanes<D> == 0) p.own_score[int64_t(first + token) * kv_heads * group + head] = score;
-  }
 }
 
 // Three warps fetch the queries of their block's tiles.
@@ -383,12 +359,17 @@ __global__ void __launch_bounds__(kThreads, 1) attend_hopper_kernel(const __grid
 #endif
 }
 
-template <class T, int D, Pairing kPairing>
+template <class T, int D>
 cudaError_t launch(const PagedChunks& p, DType dtype, int64_t rows, cudaStream_t stream) {
   constexpr int bytes = sizeof(Memory<T, D>);
   Attend a{p};
   const Shape& shape = p.in.shape;
-  a.tiles = (p.longest * shape.group + kQueries - 1) / kQueries * shape.kv_heads * shape.batch;
+  const int heads = shape.kv_heads * shape.batch;
+  a.tiles = (p.longest * shape.group + kQueries - 1) / kQueries * heads;
+  constexpr int64_t kTogether = 32 << 20;  // bytes of entries; an L2 cache of Hopper has 50 MiB or more
+  const int64_t fit = std::clamp<int64_t>(kTogether / (int64_t(p.longest) * 2 * D * sizeof(T)), 1, heads);
+  const int64_t turns = (heads + fit - 1) / fit;
+  a.abreast = int((heads + turns - 1) / turns);
   a.no_row = int(rows);
   if (auto error = make_box_map(&a.pages, dtype, p.cache.pages, rows, D, kPageEntries)) return error;
   int device = 0, processors = 0;
@@ -396,9 +377,6 @@ cudaError_t launch(const PagedChunks& p, DType dtype, int64_t rows, cudaStream_t
   if (auto error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
   if (auto error = cudaFuncSetAttribute(attend_hopper_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return error;
-  constexpr int kTurned = kTurnThreads / kLanes<D> * kTurnRows;
-  const dim3 turns(shape.kv_heads, shape.batch, (p.longest * shape.group + kTurned - 1) / kTurned);
-  turn_kernel<T, D, kPairing><<<turns, kTurnThreads, 0, stream>>>(p);
   const int blocks = min(processors, a.tiles);
   attend_hopper_kernel<T, D><<<blocks, kThreads, bytes, stream>>>(a);
   return cudaGetLastError();
@@ -417,9 +395,9 @@ bool attend_hopper_takes(const PagedChunks& p) {
 }
 
 cudaError_t attend_hopper(const PagedChunks& p, DType dtype, cudaStream_t stream) {
-  return dispatch(dtype, p.in.shape.channels, p.in.rotary, [&]<class T, int D, Pairing kPairing>() {
+  return dispatch(dtype, p.in.shape.channels, [&]<class T, int D>() {
     if constexpr (sizeof(T) == 2 && D % 64 == 0)
-      return launch<T, D, kPairing>(p, dtype, p.cache.rows, stream);
+      return launch<T, D>(p, dtype, p.cache.rows, stream);
     else
       return cudaErrorInvalidValue;
   });

@@ -409,10 +409,11 @@ void paged_attention(const Tensor& query, const Tensor& key, const Tensor& value
   p.workers = int(first_head.size(0));
   p.first_head = call.ints(first_head, "first_head", {p.workers});
   p.first_unit = call.ints(first_unit, "first_unit", {heads + 1});
-  const int64_t counters = (heads + 2 * int64_t(p.workers)) * tiles;
+  const int64_t counters = heads * tiles;
   require(arrived.dim() == 1 && arrived.size(0) >= counters, "arrived must hold ", counters, " numbers; got ", text(arrived.sizes()));
   p.arrived = call.ints(arrived, "arrived", {arrived.size(0)});
-  Tensor partial = torch::stable::new_empty(query, {p.workers, 2, tiles, 16, shape.channels + 2}, ScalarType::Float);
+  const int64_t of_block = dmc::workers_of_block(shape.channels), blocks = (p.workers + of_block - 1) / of_block;
+  Tensor partial = torch::stable::new_empty(query, {blocks, 2, tiles, 16, shape.channels + 2}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
   launched(dmc::paged_attention(p, call.dtype, call.stream()));
 }
@@ -450,7 +451,9 @@ void paged_chunks(const Tensor& query, const Tensor& key, const Tensor& value, s
   Tensor entry = torch::stable::new_empty(query, {n, g}, ScalarType::Int);
   Tensor weight = torch::stable::new_empty(query, {n, g}, ScalarType::Float);
   Tensor own = torch::stable::new_empty(query, {n, g, 2, d});
+  Tensor before = torch::stable::new_empty(query, {c, g, (longest + dmc::kDecideBlock - 1) / dmc::kDecideBlock}, ScalarType::Int);
   p.entry = static_cast<int*>(entry.mutable_data_ptr());
+  p.before = static_cast<int*>(before.mutable_data_ptr());
   p.weight = static_cast<float*>(weight.mutable_data_ptr());
   Tensor own_score = torch::stable::new_empty(query, {n, shape.kv_heads * shape.group}, ScalarType::Float);
   p.own = own.mutable_data_ptr();

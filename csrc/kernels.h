@@ -147,15 +147,20 @@ struct NewTokens {
 struct PagedAttention {
   NewTokens in;
   PagedLayer cache;
-  int workers;            // warps for every 16 queries of a KV head
+  int workers;            // warps for every 16 queries of a KV head, workers_of_block of them in a block
   const int* first_unit;  // [b * g + 1] units of work of the heads before
   const int* first_head;  // [workers] the head that a worker's first unit belongs to
-  float* partial;         // [workers, 2, tiles of 16 queries, 16, d + 2]
-  int* arrived;           // [b * g + 2 * workers, tiles of 16 queries], 0 before and after
+  float* partial;         // [blocks, 2, tiles of 16 queries, 16, d + 2]
+  int* arrived;           // [b * g, tiles of 16 queries], 0 before and after
 };
+
+constexpr int workers_of_block(int channels) { return channels <= 128 ? 8 : 4; }
 
 // A unit of work is as long as it takes to attend to so many entries.
 constexpr int kUnitEntries = 16;
+
+// Tokens of a chunk whose entries are counted together.
+constexpr int kDecideBlock = 1024;
 
 // Chunks of prompts: any number of tokens of each of c sequences, one after the other; in `in`, tokens are all of them,
 // the strides of sequences are 0, and b is c.
@@ -166,10 +171,11 @@ struct PagedChunks {
   int longest;             // tokens of the longest chunk
   const int* free;         // the stack of free pages,
   int64_t* free_count;     // and how many it holds
-  int* entry;              // [tokens, g] the entry of its head that a token is part of
+  int* entry;              // [tokens, g] the entry of its head that a token is part of, from where its block begins:
+  int* before;             // [c, g, blocks of the longest chunk] entries before each block of kDecideBlock tokens
   float* weight;           // [tokens, g]
   void* own;               // [tokens, g, 2, d] a token's entry as it stood then, if the next token changed it
-  float* own_score;        // [tokens, h] of its queries with it, where attend_hopper needs it
+  float* own_score;        // [tokens, h] of its queries with it, or null where attend_hopper does not need it
   void* last;              // [c, g, window - 1, 2, d] each chunk's last tokens, for the ring
   float* last_weights;     // [c, g, window - 1]
 };
@@ -187,10 +193,10 @@ cudaError_t paged_attention(const PagedAttention&, DType, cudaStream_t);
 // How many workers the current device runs at once, for 16-bit entries and for 8-bit ones; 0 for what it cannot run.
 int paged_workers(DType, int channels, bool scaled);
 
-// Three kernels, one after the other; the last error of their launches.
+// Four kernels, one after the other; the last error of their launches.
 cudaError_t paged_chunks(const PagedChunks&, DType, cudaStream_t);
 
-// The third of them for Hopper, and whether it can take this.
+// The last of them for Hopper, and whether it can take this.
 bool attend_hopper_takes(const PagedChunks&);
 cudaError_t attend_hopper(const PagedChunks&, DType, cudaStream_t);
 

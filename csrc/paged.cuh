@@ -23,11 +23,10 @@ __device__ inline float importance(const T* first_query, int64_t head_stride, in
   return 1.f / (1.f + expf(-(last / group + offset))) + 0x1p-7f;
 }
 
-// Rotate `rows` rows into shared memory, by `threads` threads: row r, at from(r) or null for zeros, as its token stands
+// Rotate `rows` rows into shared memory, by the `thread`-th of `threads` threads: row r, at from(r) or null for zeros, as its token stands
 // at position(r).
 template <class T, int D, Pairing kPairing, class From, class Position>
-__device__ inline void rotate_rows(const Rotary& rotary, Rows<T, D> to, int rows, int threads, From from, Position position) {
-  const int thread = threadIdx.x;
+__device__ inline void rotate_rows(const Rotary& rotary, Rows<T, D> to, int rows, int thread, int threads, From from, Position position) {
   const LanePairs<D, kPairing> pairs(rotary, thread % kLanes<D> * 4);
   if (!pairs.exist()) return;
   for (int row = thread / kLanes<D>; row < rows; row += threads / kLanes<D>) {
@@ -41,11 +40,11 @@ __device__ inline void rotate_rows(const Rotary& rotary, Rows<T, D> to, int rows
   }
 }
 template <class T, int D, class From, class Position>
-__device__ inline void rotate_rows(const Rotary& rotary, Rows<T, D> to, int rows, int threads, From from, Position position) {
+__device__ inline void rotate_rows(const Rotary& rotary, Rows<T, D> to, int rows, int thread, int threads, From from, Position position) {
   switch (pairing_of(rotary)) {
-    case Pairing::kHalves: return rotate_rows<T, D, Pairing::kHalves>(rotary, to, rows, threads, from, position);
-    case Pairing::kInterleaved: return rotate_rows<T, D, Pairing::kInterleaved>(rotary, to, rows, threads, from, position);
-    default: return rotate_rows<T, D, Pairing::kAny>(rotary, to, rows, threads, from, position);
+    case Pairing::kHalves: return rotate_rows<T, D, Pairing::kHalves>(rotary, to, rows, thread, threads, from, position);
+    case Pairing::kInterleaved: return rotate_rows<T, D, Pairing::kInterleaved>(rotary, to, rows, thread, threads, from, position);
+    default: return rotate_rows<T, D, Pairing::kAny>(rotary, to, rows, thread, threads, from, position);
   }
 }
 
@@ -53,6 +52,23 @@ __device__ inline void rotate_rows(const Rotary& rotary, Rows<T, D> to, int rows
 __device__ inline int64_t entry_row(const int* table, int index) {
   return int64_t(table[index / kPageEntries]) * 2 * kPageEntries + index % kPageEntries;
 }
+
+// The entries of one head that a chunk's tokens are part of; tokens count from the chunk's beginning.
+struct ChunkEntries {
+  const int* entry;   // from the beginning of the token's block
+  const int* before;  // entries before each block
+  int64_t first;
+  int kv_heads;
+
+  __device__ ChunkEntries(const PagedChunks& p, int chunk, int kv_head) : kv_heads(p.in.shape.kv_heads) {
+    const int blocks = (p.longest + kDecideBlock - 1) / kDecideBlock;
+    first = int64_t(p.first_token[chunk]) * kv_heads + kv_head;
+    entry = p.entry + first, before = p.before + int64_t(chunk * kv_heads + kv_head) * blocks;
+  }
+  __device__ int operator[](int token) const { return entry[int64_t(token) * kv_heads] + before[token / kDecideBlock]; }
+  // Of a token and head, where there is one number or row for each.
+  __device__ int64_t index(int token) const { return first + int64_t(token) * kv_heads; }
+};
 
 // kKeys entries on their way through shared memory: their keys as rows [0, kKeys), behind them their values.
 template <class T, class S, int D, int kKeys, int kThreads>

@@ -4,8 +4,8 @@
 // for every 16 entries. The units of a layer are numbered head by head and dealt out in equal runs to the workers. A
 // worker is a warp, and all by itself: its copies of entries run ahead of it, over the borders of heads; no barrier stops
 // them. Whoever gets a head's first unit merges its new tokens and writes them into the cache. Where a head's units fall
-// to several workers, the last one to finish combines what they found; where they are many, first in every group of
-// eight. Nothing that a launch reads is written in it: merging reads tokens that the ring still holds, attention reads
+// to several workers, the first of them in each thread block combines what its block found, and the last block to finish
+// combines that. Nothing that a launch reads is written in it: merging reads tokens that the ring still holds, attention reads
 // entries that are closed, and lengths are committed after the step.
 //
 // Entries are the rows of the products on the tensor cores, queries their columns: of those there may be as few as eight.
@@ -22,8 +22,6 @@
 
 namespace dmc {
 namespace {
-
-constexpr int kGroup = 8;  // workers that combine what they found before others do
 
 // One head of one sequence, and what a worker has to do with it.
 struct Work {
@@ -45,21 +43,38 @@ struct Work {
   __device__ bool is_entries(int stage) const { return stage >= from && stage < to; }
 };
 
+// What a worker found of some queries of a head: sums of values, and behind them each query's highest score and weight.
+template <int D, int kQueries>
+struct Partial {
+  static constexpr int kFloats = kQueries * (D + 2), kBytes = kFloats * int(sizeof(float));
+  static constexpr int kVector = D % 128 == 0 ? 4 : D % 64 == 0 ? 2 : 1, kVectors = D / 32 / kVector;
+  float* data;
+
+  __device__ explicit Partial(void* data) : data(static_cast<float*>(data)) {}
+  __device__ float* sums(int row, int channel) const { return data + row * D + channel; }
+  __device__ float2* total(int row) const { return reinterpret_cast<float2*>(data + kQueries * D) + row; }
+  // The channels that a lane combines: kVectors times kVector of them side by side.
+  __device__ static int channel(int vector) { return (vector * 32 + int(threadIdx.x) % 32) * kVector; }
+};
+
 // Where things lie in shared memory, for so many queries at once: new tokens times heads of a group.
 template <class T, class S, int D, int kQueries>
 struct PagedMemory {
   using Stage = Staging<T, S, D, kUnitEntries, 32>;
-  // Stages of about 24 KiB together, so that eight workers fit.
-  static constexpr int kStages = Stage::kScaled || D == 96 ? 4 : D == 64 ? 6 : 3;
+  using P = Partial<D, kQueries>;
+  // Stages of about 16 KiB together: more copies under way only wait longer for each other.
+  static constexpr int kStages = Stage::kScaled || D == 64 ? 4 : D == 96 ? 3 : 2;
   static constexpr bool kQueriesInRegisters = D * kQueries <= 2048;  // else they have memory of their own
   static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : Rows<T, D>::bytes(kQueries);
   static constexpr int kAllQueries = kQueries;
-  static constexpr int kAtOnce = D <= 128 ? 8 : 4;  // workers on a multiprocessor
+  static constexpr int kWorkers = workers_of_block(D);  // as many as a multiprocessor holds
   static constexpr int kWorks = 8;  // heads under way at once: the one at hand, and at most one for every stage
   static_assert(kStages < kWorks);
   static constexpr int kStagesBytes = kStages * (Stage::kStageBytes + sizeof(Barrier));
-  static constexpr int kBytes = kQueryBytes + Stage::kReadyBytes + kStagesBytes + kWorks * int(sizeof(Work));
-  static_assert(Stage::kStageBytes >= Rows<T, D>::bytes(kQueries));  // queries pass through one
+  static constexpr int kWorkerBytes = (kQueryBytes + Stage::kReadyBytes + kStagesBytes + kWorks * int(sizeof(Work)) + 15) / 16 * 16;
+  static constexpr int kBytes = kWorkers * (kWorkerBytes + P::kBytes);  // what they found lies behind all of them
+  static_assert(P::kBytes % 16 == 0);
+  static_assert(kStages * Stage::kStageBytes >= P::kBytes);  // a worker's own, while it combines, lies in its stages
 };
 
 // A piece of input that is copied into a stage.
@@ -172,7 +187,7 @@ struct Copies {
   int row_bytes, in_unit, to;
 
   __device__ Copies(const PagedLayer& cache, char* stages)
-      : stages(stages), arrived(reinterpret_cast<Barrier*>(stages + kStages * Stage::kStageBytes)), lane(threadIdx.x) {
+      : stages(stages), arrived(reinterpret_cast<Barrier*>(stages + kStages * Stage::kStageBytes)), lane(threadIdx.x % 32) {
     const int part = lane % kParts, is_value = part % 2;
     const bool is_scale = part >= 2;
     row_bytes = is_scale ? 4 : D * int(sizeof(S));
@@ -480,82 +495,53 @@ struct ColumnSums {
   }
 };
 
-// What a worker found of some queries of a head: sums of values, and behind them each query's highest score and weight.
-template <int D, int kQueries>
-struct Partial {
-  static constexpr int kFloats = kQueries * (D + 2);
-  static constexpr int kVector = D % 128 == 0 ? 4 : D % 64 == 0 ? 2 : 1, kVectors = D / 32 / kVector;
-  float* data;
-
-  __device__ Partial(float* partial, int place) : data(partial + int64_t(place) * kFloats) {}
-  __device__ float* sums(int row, int channel) const { return data + row * D + channel; }
-  __device__ float2* total(int row) const { return reinterpret_cast<float2*>(data + kQueries * D) + row; }
-  // The channels that a lane combines: kVectors times kVector of them side by side.
-  __device__ static int channel(int vector) { return (vector * 32 + int(threadIdx.x) % 32) * kVector; }
-};
-
-// Combine what `count` workers left at places place_of(0), place_of(1), ... of `partial`, by a warp. `write` takes a row,
-// its sums in this lane's channels, and its total.
-template <class P, int D, class PlaceOf, class Write>
-__device__ void combine(float* partial, int count, int rows, PlaceOf place_of, Write write) {
-  constexpr int kAtOnce = 8, kTogether = 256 / D;  // workers and rows, that is, reads under way
-  const int lane = threadIdx.x % 32;
+// Combine parts part(0) to part(count - 1), by a warp. `write` takes a row, its sums in this lane's channels, and its total.
+template <class P, int D, class Part, class Write>
+__device__ void combine(int count, int rows, Part part, Write write) {
+  constexpr int kAtOnce = 9, kTogether = 256 / D;  // parts and rows, that is, reads under way
 #pragma unroll 1
   for (int first = 0; first < rows; first += kTogether) {
     float sum[kTogether][P::kVectors][P::kVector] = {}, highest[kTogether], weight[kTogether] = {};
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) highest[r] = -INFINITY;
 #pragma unroll 1
-    for (int base = 0; base < count; base += 32) {
-      const int place = place_of(min(base + lane, count - 1));
-      float factor[kTogether];
+    for (int base = 0; base < count; base += kAtOnce) {
+      float2 totals[kAtOnce][kTogether];
+      Pack<float, P::kVector> found[kAtOnce][kTogether][P::kVectors];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const P from = part(min(base + k, count - 1));
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+          const bool exists = base + k < count && first + r < rows;
+          totals[k][r] = exists ? *from.total(first + r) : make_float2(-INFINITY, 0.f);
+#pragma unroll
+          for (int i = 0; i < P::kVectors; ++i)
+            found[k][r][i] = exists ? *reinterpret_cast<const Pack<float, P::kVector>*>(from.sums(first + r, P::channel(i))) : Pack<float, P::kVector>{};
+        }
+      }
 #pragma unroll
       for (int r = 0; r < kTogether; ++r) {
-        float2 own = make_float2(-INFINITY, 0.f);
-        if (base + lane < count && first + r < rows) own = *P(partial, place).total(first + r);
-        float top = own.x;
+        float top = highest[r];
 #pragma unroll
-        for (int step = 16; step; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-        top = fmaxf(top, highest[r]);
+        for (int k = 0; k < kAtOnce; ++k) top = fmaxf(top, totals[k][r].x);
         const float reference = top == -INFINITY ? 0.f : top;  // nothing seen yet
         const float shrink = power_of_2(highest[r] - reference);
         highest[r] = top;
-        factor[r] = power_of_2(own.x - reference);
-        weight[r] = weight[r] * shrink + factor[r] * own.y;
+        weight[r] *= shrink;
 #pragma unroll
         for (int i = 0; i < D / 32; ++i) sum[r][i / P::kVector][i % P::kVector] *= shrink;
-      }
-#pragma unroll 1
-      for (int n = base; n < min(base + 32, count); n += kAtOnce) {
-        Pack<float, P::kVector> found[kAtOnce][kTogether][P::kVectors] = {};
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-          const P from(partial, __shfl_sync(~0u, place, n - base + k));
-          if (n + k >= count) continue;
+          const float factor = power_of_2(totals[k][r].x - reference);
+          weight[r] += factor * totals[k][r].y;
 #pragma unroll
-          for (int r = 0; r < kTogether; ++r) {
-#pragma unroll
-            for (int i = 0; i < P::kVectors; ++i) {
-              if (first + r < rows) found[k][r][i] = *reinterpret_cast<const Pack<float, P::kVector>*>(from.sums(first + r, P::channel(i)));
-            }
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-#pragma unroll
-          for (int r = 0; r < kTogether; ++r) {
-            const float share = __shfl_sync(~0u, factor[r], n - base + k);
-#pragma unroll
-            for (int i = 0; i < D / 32; ++i)
-              sum[r][i / P::kVector][i % P::kVector] += share * found[k][r][i / P::kVector][i % P::kVector];
-          }
+          for (int i = 0; i < D / 32; ++i) sum[r][i / P::kVector][i % P::kVector] += factor * found[k][r][i / P::kVector][i % P::kVector];
         }
       }
     }
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
-#pragma unroll
-      for (int step = 16; step; step /= 2) weight[r] += __shfl_xor_sync(~0u, weight[r], step);
       if (first + r < rows) write(first + r, sum[r], make_float2(highest[r], weight[r]));
     }
   }
@@ -593,7 +579,7 @@ __device__ inline uint32_t from_fp8(uint32_t word) {
 template <class T, int D>
 __device__ void unpack(const char* stage, const Rows<T, D>& to) {
   constexpr int kPieces = D / 16, kAll = 2 * kUnitEntries * kPieces;
-  const int lane = threadIdx.x;
+  const int lane = threadIdx.x % 32;
 #pragma unroll 2
   for (int piece = lane; piece < kAll; piece += 32) {
     const int row = piece / kPieces, channel = piece % kPieces * 16;
@@ -613,28 +599,31 @@ __device__ void unpack(const char* stage, const Rows<T, D>& to) {
 }
 
 template <class T, class S, int D, int kQueries>
-__global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
+__global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers, 1)
     paged_attention_kernel(const __grid_constant__ PagedAttention p) {
   using Memory = PagedMemory<T, S, D, kQueries>;
   using Stage = typename Memory::Stage;
-  using P = Partial<D, kQueries>;
+  using P = typename Memory::P;
   constexpr int N = kQueries / 8;
   const NewTokens& in = p.in;
   const auto [tokens, sequences, heads, kv_heads, channels, group] = in.shape;
-  const int lane = threadIdx.x, worker = blockIdx.x, tile = blockIdx.y, all_heads = sequences * kv_heads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block_worker = blockIdx.x * Memory::kWorkers, worker = block_worker + warp;
+  const int tile = blockIdx.y, all_heads = sequences * kv_heads;
   const int first_row = tile * kQueries, tiles = gridDim.y, rows = min(kQueries, tokens * group - first_row);
   const float per_group = reciprocal(group);
   const auto token_of = [&](int row) { return int((first_row + row + 0.5f) * per_group); };  // a division, in short
   const auto head_of = [&](int row) { return first_row + row - token_of(row) * group; };     // of its group
   const bool ok = *in.ok;
-  const int units = p.first_unit[all_heads], first_head = p.first_head[worker];
+  const int units = p.first_unit[all_heads], first_head = p.first_head[min(worker, p.workers - 1)];
   const int share = (units + p.workers - 1) / p.workers, begin = worker * share, end = min(units, begin + share);
   if (!ok || begin >= end) return;
 
   extern __shared__ __align__(16) char memory[];
-  char* const ready = memory + Memory::kQueryBytes;
-  Copies<Memory, S, D> copies(p.cache, ready + Stage::kReadyBytes);
-  Work* const works = reinterpret_cast<Work*>(ready + Stage::kReadyBytes + Memory::kStagesBytes);
+  char* const own_memory = memory + warp * Memory::kWorkerBytes;
+  char* const ready = own_memory + Memory::kQueryBytes;
+  char* const stages = ready + Stage::kReadyBytes;
+  Copies<Memory, S, D> copies(p.cache, stages);
+  Work* const works = reinterpret_cast<Work*>(stages + Memory::kStagesBytes);
 
   // What is written here goes before copies that take the same place.
   const auto show_writes_of_warp = [] {
@@ -696,13 +685,12 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
       return in.alpha + token * in.alpha_stride.token + w.batch * in.alpha_stride.batch + w.kv_head * in.alpha_stride.head;
     };
 
-    const Rows<T, D> queries{reinterpret_cast<T*>(!kInRegisters ? memory : Stage::kScaled ? ready : arrived)};
+    const Rows<T, D> queries{reinterpret_cast<T*>(!kInRegisters ? own_memory : Stage::kScaled ? ready : arrived)};
     const auto read_queries = [&](int c) {
 #pragma unroll
       for (int n = 0; n < N; ++n) queries.right_of_8(columns[c][n], n * 8, c * 32);
     };
     if (stage < w.from && !w.is_new(stage)) {
-      sums = {};
       if (w.nobody()) {
 #pragma unroll 1
         for (int i = lane; i < rows * D; i += 32) output_at(i / D)[i % D] = from_float<T>(0.f);
@@ -712,7 +700,7 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
         clear(queries, rows, kQueries);
         const Angles angles(in.rotary, w.position, arrived + query_stage.angles, query_stage.table_bytes);
         rotate_rows<T, D>(
-            angles.rotary, queries, rows, 32, [&](int row) { return query_stage.row(arrived, row); },
+            angles.rotary, queries, rows, lane, 32, [&](int row) { return query_stage.row(arrived, row); },
             [&](int row) { return angles.first + token_of(row); });
         __syncwarp();
         if (kInRegisters) {
@@ -805,10 +793,22 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
 
     if (stage + 1 < w.to) continue;
     if (!w.nobody()) {
-      // A worker has at most two heads that it shares: the one that it begins with, and the one that it ends with.
-      const bool whole = begin <= w.head_start && w.head_end <= end;
-      const auto place_of = [&](int worker) { return (worker * 2 + (w.head_start > worker * share)) * tiles + tile; };
-      const P own(p.partial, place_of(worker));
+      // Workers [first, last] share the head; of this block, [own_first, own_last]. For all but `last` it is the last head
+      // that they have, so that `own_first` can wait for the others.
+      const int first = w.head_start / share, last = (w.head_end - 1) / share;
+      const int own_first = max(first, block_worker), own_last = min(last, block_worker + Memory::kWorkers - 1);
+      const bool whole = first == last, together = own_first < own_last, combines = worker == own_first;
+      // A block has at most two heads that it shares: the one that it begins with, and the one that it ends with.
+      const auto of_block = [&](int block) {
+        const bool begins_inside = w.head_start > block * Memory::kWorkers * share;
+        return P(p.partial + int64_t((block * 2 + begins_inside) * tiles + tile) * P::kFloats);
+      };
+      const auto of_worker = [&](int other) {  // of this block
+        char* const places = memory + Memory::kWorkers * Memory::kWorkerBytes;
+        return P(other == own_first ? stages + (other - worker) * Memory::kWorkerBytes : places + (other - block_worker) * P::kBytes);
+      };
+      const P own = together ? of_worker(worker) : of_block(blockIdx.x);
+      __syncwarp();  // stages have been read
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         float weight[2];
@@ -836,42 +836,41 @@ __global__ void __launch_bounds__(32, PagedMemory<T, S, D, kQueries>::kAtOnce)
           }
         }
       }
-      // Where a head falls to workers [first, last], those of a group combine what they found first if they are many.
-      const int first = w.head_start / share, last = (w.head_end - 1) / share;
-      const auto group_begin = [&](int worker) { return max(worker / kGroup * kGroup, first); };
-      const bool in_groups = last - first >= kGroup;
+      if (together) {
+        const int barrier = 1 + own_first - block_worker, threads = 32 * (own_last - own_first + 1);
+        if (combines)
+          named_wait(barrier, threads);
+        else
+          named_arrive(barrier, threads);
+      }
+      const int first_block = first / Memory::kWorkers, last_block = last / Memory::kWorkers;
+      const bool alone = first_block == last_block;
 #pragma unroll 1
-      for (int level = whole ? 2 : in_groups ? 0 : 1; level < 2; ++level) {
-        int from = first, count = last - first + 1;
-        int* counter = p.arrived + int64_t(w.head) * tiles + tile;
-        if (level == 0) {
-          from = group_begin(worker), count = min(worker / kGroup * kGroup + kGroup - 1, last) - from + 1;
-          counter = p.arrived + all_heads * tiles + place_of(from);
-        } else if (in_groups) {
-          count = last / kGroup - first / kGroup + 1;
-        }
-        if (!arrives_last(counter, count)) break;
-        const P found(p.partial, place_of(from));
+      for (int level = whole || !combines ? 2 : together ? 0 : 1; level < (alone ? 1 : 2); ++level) {
+        if (level && !arrives_last(p.arrived + w.head * tiles + tile, last_block - first_block + 1)) break;
         combine<P, D>(
-            p.partial, count, rows, [&](int n) { return place_of(level && in_groups ? group_begin((first / kGroup + n) * kGroup) : from + n); },
+            level ? last_block - first_block + 1 : own_last - own_first + 1, rows,
+            [&](int n) { return level ? of_block(first_block + n) : of_worker(own_first + n); },
             [&](int row, auto& sum, float2 total) {
-              const float inverse = reciprocal(total.y);
+              const bool done = level || alone;
+              const float inverse = done ? reciprocal(total.y) : 1.f;
+              const P found = of_block(blockIdx.x);
               T* const to = output_at(row);
 #pragma unroll
               for (int i = 0; i < P::kVectors; ++i) {
-                if (level == 0) {
-                  store(found.sums(row, P::channel(i)), sum[i]);
-                } else {
 #pragma unroll
-                  for (float& x : sum[i]) x *= inverse;
+                for (float& x : sum[i]) x *= inverse;
+                if (done)
                   store(to + P::channel(i), sum[i]);
-                }
+                else
+                  store(found.sums(row, P::channel(i)), sum[i]);
               }
-              if (level == 0 && lane == 0) *found.total(row) = total;
+              if (!done && lane == 0) *found.total(row) = total;
             });
       }
     }
     if (w.head_end >= end) return;
+    sums = {};
   }
 }
 
@@ -888,8 +887,9 @@ cudaError_t launch(const PagedAttention& p, cudaStream_t stream) {
     constexpr int kQueries = at_once, bytes = PagedMemory<T, S, D, kQueries>::kBytes;
     const auto kernel = paged_attention_kernel<T, S, D, kQueries>;
     if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-    const dim3 grid(p.workers, (queries + kQueries - 1) / kQueries);
-    kernel<<<grid, 32, bytes, stream>>>(p);
+    constexpr int kWorkers = PagedMemory<T, S, D, kQueries>::kWorkers;
+    const dim3 grid((p.workers + kWorkers - 1) / kWorkers, (queries + kQueries - 1) / kQueries);
+    kernel<<<grid, 32 * kWorkers, bytes, stream>>>(p);
     return cudaGetLastError();
   });
 }
@@ -905,9 +905,9 @@ int workers() {
       const auto kernel = paged_attention_kernel<T, S, D, kQueries>;
       int blocks = 0;
       if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ||
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32, bytes))
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * workers_of_block(D), bytes))
         return 0;
-      return blocks * processors;
+      return blocks * processors * workers_of_block(D);
     });
     least = queries == 8 ? found : min(least, found);
   }

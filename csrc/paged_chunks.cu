@@ -1,6 +1,7 @@
 // Chunks of prompts meet the paged cache: all tokens of a chunk at once, any number of them.
 //
-//   decide    every token's decision, importance and entry; takes the pages that the new entries need
+//   decide    every token's decision, importance and entry, counted from the beginning of its block of tokens
+//   take      the entries before each block, and the pages that the new entries need
 //   merge     merged, rotated keys and values: an entry's last token writes it into its page, the tokens before keep
 //             theirs for themselves
 //   attend    a query sees the entries before its token's own, and that one as it stood then
@@ -13,95 +14,119 @@
 namespace dmc {
 namespace {
 
-constexpr int kDecideThreads = 512, kDecideTokens = 4;  // of a thread, at once
+constexpr int kDecideTokens = 4;  // of a thread
+constexpr int kDecideThreads = kDecideBlock / kDecideTokens;
 
 template <class T>
 __global__ void __launch_bounds__(kDecideThreads) decide_kernel(const __grid_constant__ PagedChunks p) {
   constexpr int kWarps = kDecideThreads / 32;
   const NewTokens& in = p.in;
-  const PagedLayer& cache = p.cache;
   const int kv_heads = in.shape.kv_heads, group = in.shape.group, last_channel = in.shape.channels - 1;
   const int kv_head = blockIdx.x, chunk = blockIdx.y, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  if (!*in.ok) return;
+  const int first = p.first_token[chunk], count = p.first_token[chunk + 1] - first;
+  if (!*in.ok || int(blockIdx.z) * kDecideBlock >= count) return;
 
   extern __shared__ __align__(16) char memory[];
   int* const appended = reinterpret_cast<int*>(memory);  // [kWarps]
-  const int first = p.first_token[chunk], count = p.first_token[chunk + 1] - first;
-  const int64_t slot = in.slots[chunk], kv_row = slot * kv_heads + kv_head, position = cache.tokens[slot];
+  const int64_t position = p.cache.tokens[in.slots[chunk]];
   const T* const key = static_cast<const T*>(in.key) + first * in.key_stride.token + kv_head * in.key_stride.head;
   const T* const query = static_cast<const T*>(in.query) + first * in.query_stride.token +
                          int64_t(kv_head) * group * in.query_stride.head;
-  const int length = cache.lengths[kv_row];
-  int entries = length;
-  for (int base = 0; base < count; base += kDecideThreads * kDecideTokens) {
-    const int mine = base + thread * kDecideTokens;
-    bool appends[kDecideTokens];
-    int own = 0;
+  const int mine = blockIdx.z * kDecideBlock + thread * kDecideTokens;
+  bool appends[kDecideTokens];
+  int own = 0;
 #pragma unroll
-    for (int i = 0; i < kDecideTokens; ++i) {
-      const int token = mine + i;
-      appends[i] = false;
-      if (token < count) {
-        // The first token of a sequence has nothing to merge into.
-        appends[i] = position + token == 0 || !(to_float(key[token * in.key_stride.token + last_channel]) > in.offset);
-        p.weight[int64_t(first + token) * kv_heads + kv_head] =
-            importance(query + token * in.query_stride.token, in.query_stride.head, group, last_channel, in.offset);
-        in.alpha[(first + token) * in.alpha_stride.token + kv_head * in.alpha_stride.head] = !appends[i];
-      }
-      own += appends[i];
+  for (int i = 0; i < kDecideTokens; ++i) {
+    const int token = mine + i;
+    appends[i] = false;
+    if (token < count) {
+      // The first token of a sequence has nothing to merge into.
+      appends[i] = position + token == 0 || !(to_float(key[token * in.key_stride.token + last_channel]) > in.offset);
+      p.weight[int64_t(first + token) * kv_heads + kv_head] =
+          importance(query + token * in.query_stride.token, in.query_stride.head, group, last_channel, in.offset);
+      in.alpha[(first + token) * in.alpha_stride.token + kv_head * in.alpha_stride.head] = !appends[i];
     }
-    int before = own;  // appended by the lanes up to this one
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int others = __shfl_up_sync(~0u, before, step);
-      before += lane >= step ? others : 0;
-    }
-    if (lane == 31) appended[warp] = before;
-    before -= own;
-    __syncthreads();
-    int all = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      before += w < warp ? appended[w] : 0;
-      all += appended[w];
-    }
-#pragma unroll
-    for (int i = 0; i < kDecideTokens; ++i) {
-      before += appends[i];
-      if (mine + i < count) p.entry[int64_t(first + mine + i) * kv_heads + kv_head] = entries + before - 1;
-    }
-    entries += all;
-    __syncthreads();
+    own += appends[i];
   }
+  int before = own;  // appended by the lanes up to this one
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int others = __shfl_up_sync(~0u, before, step);
+    before += lane >= step ? others : 0;
+  }
+  if (lane == 31) appended[warp] = before;
+  before -= own;
+  __syncthreads();
+  int all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp ? appended[w] : 0;
+    all += appended[w];
+  }
+#pragma unroll
+  for (int i = 0; i < kDecideTokens; ++i) {
+    before += appends[i];
+    if (mine + i < count) p.entry[int64_t(first + mine + i) * kv_heads + kv_head] = before - 1;
+  }
+  if (thread == 0) p.before[int64_t(chunk * kv_heads + kv_head) * gridDim.z + blockIdx.z] = all;  // made a sum next
+}
 
+constexpr int kTakeThreads = 256;
+
+__global__ void __launch_bounds__(kTakeThreads) take_kernel(const __grid_constant__ PagedChunks p) {
+  constexpr int kWarps = kTakeThreads / 32;
+  const NewTokens& in = p.in;
+  const PagedLayer& cache = p.cache;
+  const int kv_heads = in.shape.kv_heads, kv_head = blockIdx.x, chunk = blockIdx.y, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  if (!*in.ok) return;
+
+  extern __shared__ __align__(16) char memory[];
+  int* const numbers = reinterpret_cast<int*>(memory);  // [kWarps]
+  const int64_t kv_row = in.slots[chunk] * kv_heads + kv_head;
+  const int length = cache.lengths[kv_row], blocks = (p.first_token[chunk + 1] - p.first_token[chunk] + kDecideBlock - 1) / kDecideBlock;
   int* const table = cache.table + kv_row * cache.max_pages;
   int held = (length + kPageEntries - 1) / kPageEntries;
-  for (int more = kDecideThreads; more == kDecideThreads; held += more) {  // a step that was given up leaves pages
+  for (int more = kTakeThreads; more == kTakeThreads; held += more) {  // a step that was given up leaves pages
     const uint32_t pages = __ballot_sync(~0u, held + thread < cache.max_pages && table[held + thread] >= 0);
-    if (lane == 0) appended[warp] = __popc(pages);
+    if (lane == 0) numbers[warp] = __popc(pages);
     __syncthreads();
     more = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) more += appended[w];
+    for (int w = 0; w < kWarps; ++w) more += numbers[w];
     __syncthreads();
   }
-  if (thread == 0) {
-    int needs = max(0, (entries + kPageEntries - 1) / kPageEntries - held), left = 0;
-    if (needs) {
-      auto* const free_count = reinterpret_cast<unsigned long long*>(p.free_count);
-      left = int(atomicAdd(free_count, -static_cast<unsigned long long>(needs))) - needs;
-      if (left < 0) {
-        atomicAdd(free_count, static_cast<unsigned long long>(needs));
-        *in.ok = false;
-        needs = 0;
+  if (warp == 0) {
+    int* const before = p.before + int64_t(chunk * kv_heads + kv_head) * ((p.longest + kDecideBlock - 1) / kDecideBlock);
+    int entries = length;
+    for (int base = 0; base < blocks; base += 32) {
+      const int appended = base + lane < blocks ? before[base + lane] : 0;
+      int sum = appended;  // up to this block
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int others = __shfl_up_sync(~0u, sum, step);
+        sum += lane >= step ? others : 0;
       }
+      if (base + lane < blocks) before[base + lane] = entries + sum - appended;
+      entries += __shfl_sync(~0u, sum, 31);
     }
-    appended[0] = needs, appended[1] = left;
-    in.new_lengths[chunk * kv_heads + kv_head] = entries;
+    if (lane == 0) {
+      int needs = max(0, (entries + kPageEntries - 1) / kPageEntries - held), left = 0;
+      if (needs) {
+        auto* const free_count = reinterpret_cast<unsigned long long*>(p.free_count);
+        left = int(atomicAdd(free_count, -static_cast<unsigned long long>(needs))) - needs;
+        if (left < 0) {
+          atomicAdd(free_count, static_cast<unsigned long long>(needs));
+          *in.ok = false;
+          needs = 0;
+        }
+      }
+      numbers[0] = needs, numbers[1] = left;
+      in.new_lengths[chunk * kv_heads + kv_head] = entries;
+    }
   }
   __syncthreads();
-  const int needs = appended[0], left = appended[1];
-  for (int i = thread; i < needs; i += kDecideThreads) table[held + i] = p.free[left + i];
+  const int needs = numbers[0], left = numbers[1];
+  for (int i = thread; i < needs; i += kTakeThreads) table[held + i] = p.free[left + i];
 }
 
 constexpr int kMergeThreads = 128;
@@ -132,8 +157,56 @@ struct SegmentSums {
   }
 };
 
+// A lane's channels of the queries of one token and KV head, which are rotated into the place of their output, where
+// attend_hopper reads them. Where the token's own entry lies beside, it also needs their scores with its key.
 template <class T, int D, Pairing kPairing>
-__global__ void __launch_bounds__(kMergeThreads, D <= 128 ? 5 : 4) merge_kernel(const __grid_constant__ PagedChunks p) {
+struct QueryRows {
+  static constexpr int kAtOnce = 2;
+  const PagedChunks& p;
+  const int64_t token;
+  const int first_head, group;
+  PairPack<T> packs[kAtOnce];
+
+  __device__ QueryRows(const PagedChunks& p, const LanePairs<D, kPairing>& pairs, int64_t token, int kv_head)
+      : p(p), token(token), first_head(kv_head * p.in.shape.group), group(p.own_score ? p.in.shape.group : 0) {
+    read(pairs, 0);
+  }
+
+  __device__ void read(const LanePairs<D, kPairing>& pairs, int from) {
+    const T* const query = static_cast<const T*>(p.in.query) + token * p.in.query_stride.token + first_head * p.in.query_stride.head;
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (from + i < group) packs[i] = pairs.read_pack(query + (from + i) * p.in.query_stride.head);
+    }
+  }
+
+  template <class Key>
+  __device__ void turn(const LanePairs<D, kPairing>& pairs, const Rotation& rotation, Key own_key) {
+    if (!group) return;
+    const PairValues key = own_key();
+    T* const output = static_cast<T*>(p.in.output) + token * p.in.output_stride.token + first_head * p.in.output_stride.head;
+    float* const score = p.own_score + token * p.in.shape.kv_heads * group + first_head;
+    for (int from = 0; from < group; from += kAtOnce) {
+      if (from) read(pairs, from);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (from + i >= group) break;
+        const PairPack<T> turned = pairs.template pack<T>(rotation.apply(pairs.values(packs[i]), pairs.have_last()));
+        pairs.write_pack(output + (from + i) * p.in.output_stride.head, turned);
+        const PairValues q = pairs.values(turned);
+        float sum = 0.f;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum += q.first[k] * key.first[k] + q.second[k] * key.second[k];
+#pragma unroll
+        for (int step = kLanes<D> / 2; step; step /= 2) sum += __shfl_xor_sync(lanes_of_row<D>(), sum, step);
+        if (pairs.have_last()) score[from + i] = sum;
+      }
+    }
+  }
+};
+
+template <class T, int D, Pairing kPairing>
+__global__ void __launch_bounds__(kMergeThreads, 4) merge_kernel(const __grid_constant__ PagedChunks p) {
   const NewTokens& in = p.in;
   const PagedLayer& cache = p.cache;
   const int kv_heads = in.shape.kv_heads, kv_head = blockIdx.x, chunk = blockIdx.y, thread = threadIdx.x;
@@ -147,12 +220,12 @@ __global__ void __launch_bounds__(kMergeThreads, D <= 128 ? 5 : 4) merge_kernel(
   const T* const key = static_cast<const T*>(in.key) + first * in.key_stride.token + kv_head * in.key_stride.head;
   const T* const value = static_cast<const T*>(in.value) + first * in.value_stride.token + kv_head * in.value_stride.head;
   const int64_t first_index = int64_t(first) * kv_heads + kv_head;
-  const int* const entry = p.entry + first_index;
+  const ChunkEntries entry(p, chunk, kv_head);
   const int* const table = cache.table + kv_row * cache.max_pages;
   const int64_t state = kv_row + (in.window ? 0 : cache.steps[slot] % 2 * cache.state_stride);
 
   if (run + kRun >= count) {  // no entry, but seen by whole tiles of products: 0 times NaN must not be
-    const int end = entry[int64_t(count - 1) * kv_heads] + 1;
+    const int end = entry[count - 1] + 1;
     const uint4 zeros = {};
     for (int at = end; at % kPageEntries && !cache.scales; ++at) {
       T* const value = static_cast<T*>(cache.pages) + (entry_row(table, at) + kPageEntries) * D;
@@ -207,11 +280,12 @@ __global__ void __launch_bounds__(kMergeThreads, D <= 128 ? 5 : 4) merge_kernel(
     int entry;
   };
   const auto read = [&](int i) -> Token {
-    return {pairs.read_pack(key_at(i)), pairs.read_pack(value_at(i)), weight_at(i), entry[int64_t(i) * kv_heads]};
+    return {pairs.read_pack(key_at(i)), pairs.read_pack(value_at(i)), weight_at(i), entry[i]};
   };
   Token token = read(run);
   int page = table[token.entry / kPageEntries];
   for (int i = run; i < run_end; ++i) {
+    QueryRows<T, D, kPairing> queries(p, pairs, first + i, kv_head);
     const Token next = i + 1 < count ? read(i + 1) : Token{{}, {}, 0.f, -1};
     Rotation rotation;
     rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, int(position) + i, 0));
@@ -243,6 +317,8 @@ __global__ void __launch_bounds__(kMergeThreads, D <= 128 ? 5 : 4) merge_kernel(
       pairs.write(static_cast<T*>(p.own) + index * 2 * D, rotated);
       pairs.write(static_cast<T*>(p.own) + (index * 2 + 1) * D, mean_value);
     }
+
+    queries.turn(pairs, rotation, [&] { return survives ? PairValues{} : pairs.values(pairs.template pack<T>(rotated)); });
 
     const int back = count - 1 - i;
     if (back < in.window - 1) {
@@ -296,9 +372,9 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
   const int64_t slot = in.slots[chunk], kv_row = slot * kv_heads + kv_head, position = cache.tokens[slot];
   const int* const table = cache.table + kv_row * cache.max_pages;
   const auto token_of = [&](int row) { return min(row / group, count - 1); };
-  const auto index_of = [&](int token) { return int64_t(first + token) * kv_heads + kv_head; };
+  const ChunkEntries entry_of(p, chunk, kv_head);
   // A query sees the entries before its token's own.
-  const int sees = p.entry[index_of(token_of(first_row + Memory::kQueries - 1))], steps = (sees + kKeys - 1) / kKeys;
+  const int sees = entry_of[token_of(first_row + Memory::kQueries - 1)], steps = (sees + kKeys - 1) / kKeys;
 
   const auto copy_step = [&](int step) {
     if (step < steps) Stage::copy(stages + step % kStages * Stage::kStageBytes, cache, table, step * kKeys, sees, thread);
@@ -307,7 +383,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) copy_step(i);
   rotate_rows<T, D>(
-      in.rotary, queries, Memory::kQueries, kAttendThreads,
+      in.rotary, queries, Memory::kQueries, thread, kAttendThreads,
       [&](int row) {
         row += first_row;
         return row < all_rows ? static_cast<const T*>(in.query) + (first + row / group) * in.query_stride.token +
@@ -327,9 +403,9 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = warp_row + m * 16 + tile_row(i), token = token_of(first_row + row);
-      const int64_t index = index_of(token);
-      const int entry = limits[m][i] = p.entry[index];
-      const bool in_page = !Stage::kScaled && (token + 1 == count || p.entry[index + kv_heads] != entry);
+      const int64_t index = entry_of.index(token);
+      const int entry = limits[m][i] = entry_of[token];
+      const bool in_page = !Stage::kScaled && (token + 1 == count || entry_of[token + 1] != entry);
       const T* const own = in_page ? static_cast<const T*>(cache.pages) + entry_row(table, entry) * D
                                    : static_cast<const T*>(p.own) + index * 2 * D;
       const T* const own_value = own + (in_page ? kPageEntries * D : D);
@@ -351,8 +427,8 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
     }
   }
 
-  const int warp_sees = p.entry[index_of(token_of(first_row + warp_row + kTiles * 16 - 1))];
-  const int all_see = p.entry[index_of(token_of(first_row + warp_row))];
+  const int warp_sees = entry_of[token_of(first_row + warp_row + kTiles * 16 - 1)];
+  const int all_see = entry_of[token_of(first_row + warp_row)];
   for (int step = 0; step < steps; ++step) {
     wait_for_copies<kStages - 2>();
     copy_step(step + kStages - 1);
@@ -415,13 +491,16 @@ __global__ void __launch_bounds__(kAttendThreads, 2) attend_kernel(const __grid_
 }
 
 template <class T, int D, Pairing kPairing>
-cudaError_t launch(const PagedChunks& p, DType dtype, cudaStream_t stream) {
+cudaError_t launch(PagedChunks p, DType dtype, cudaStream_t stream) {
   const Shape& shape = p.in.shape;
+  const bool on_hopper = attend_hopper_takes(p);
+  if (!on_hopper) p.own_score = nullptr;
   const auto blocks = [&](int kinds) { return dim3(shape.kv_heads, shape.batch, kinds); };
-  constexpr int kDecideBytes = 4 * kDecideThreads / 32, kMerged = kMergeThreads / kLanes<D> * kRun;
-  decide_kernel<T><<<blocks(1), kDecideThreads, kDecideBytes, stream>>>(p);
+  constexpr int kDecideBytes = 4 * kDecideThreads / 32, kTakeBytes = 4 * kTakeThreads / 32, kMerged = kMergeThreads / kLanes<D> * kRun;
+  decide_kernel<T><<<blocks((p.longest + kDecideBlock - 1) / kDecideBlock), kDecideThreads, kDecideBytes, stream>>>(p);
+  take_kernel<<<blocks(1), kTakeThreads, kTakeBytes, stream>>>(p);
   merge_kernel<T, D, kPairing><<<blocks((p.longest + kMerged - 1) / kMerged), kMergeThreads, 0, stream>>>(p);
-  if (attend_hopper_takes(p)) return attend_hopper(p, dtype, stream);
+  if (on_hopper) return attend_hopper(p, dtype, stream);
   const auto attend = [&]<class S>() -> cudaError_t {
     using Memory = AttendMemory<T, S, D>;
     if (auto error = cudaFuncSetAttribute(attend_kernel<T, S, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Memory::kBytes))

@@ -157,7 +157,7 @@ class Step:
 
         first_unit: `[layers, b * kv_heads + 1]` int32, units of work before each head.
         first_head: `[layers, workers]` int32, the head that each worker begins with.
-        arrived: int32, how many workers have finished a head that they share; 0 between layers.
+        arrived: int32, how many thread blocks have finished a head that they share; 0 between layers.
     """
 
     slots: Tensor
@@ -372,8 +372,7 @@ class PagedCache:
         begins = share * torch.arange(self._workers, device=slots.device)
         first_head = torch.searchsorted(first_unit, begins, right=True) - 1
         tiles = -(-new_tokens * self.shape.heads // self.shape.kv_heads // 16)
-        counters = (units.shape[1] + 2 * self._workers) * tiles
-        arrived = torch.zeros(counters, dtype=torch.int32, device=slots.device)
+        arrived = torch.zeros(units.shape[1] * tiles, dtype=torch.int32, device=slots.device)
         return first_unit.int(), first_head.int(), arrived
 
     @torch.no_grad()
