@@ -77,24 +77,27 @@ struct Tile {
   __device__ int token(int row) const { return min((first_row + row) / group, count - 1); }
 };
 
-// Calls f(tile) for this block's tiles. Blocks work on as many heads at a time as fit into the L2 cache together; of those,
-// long tiles come first, and every second round goes backwards, so that all have the same work.
+// Calls f(tile) for this block's tiles. Blocks work on as many heads at a time as fit into the L2 cache together. Of those,
+// long tiles come first, and every second round goes backwards, so that all have the same work; what the last round leaves
+// undone falls to others with the next heads.
 template <class F>
 __device__ inline void for_each_tile(const Attend& a, F f) {
   const PagedChunks& p = a.p;
-  const int blocks = gridDim.x, block = blockIdx.x, kv_heads = p.in.shape.kv_heads, heads = kv_heads * p.in.shape.batch;
-  const int tiles_of_head = a.tiles / heads;
-  for (int round = 0; round * blocks < a.tiles; ++round) {
-    const int index = round * blocks + (round % 2 ? blocks - 1 - block : block);
-    if (index >= a.tiles) continue;
-    const int first_head = index / (a.abreast * tiles_of_head) * a.abreast, abreast = min(a.abreast, heads - first_head);
-    const int inside = index - first_head * tiles_of_head, head = first_head + inside % abreast;
-    Tile t;
-    t.kv_head = head % kv_heads, t.chunk = head / kv_heads, t.group = p.in.shape.group;
-    t.first = p.first_token[t.chunk], t.count = p.first_token[t.chunk + 1] - t.first;
-    t.first_row = (tiles_of_head - 1 - inside / abreast) * kQueries;
-    t.rows = min(kQueries, t.count * t.group - t.first_row);
-    if (t.rows > 0) f(t);
+  const int blocks = gridDim.x, kv_heads = p.in.shape.kv_heads, heads = kv_heads * p.in.shape.batch, tiles_of_head = a.tiles / heads;
+  int block = blockIdx.x;
+  for (int first_head = 0; first_head < heads; first_head += a.abreast, block = blocks - 1 - block) {
+    const int abreast = min(a.abreast, heads - first_head), tiles = abreast * tiles_of_head;
+    for (int round = 0; round * blocks < tiles; ++round) {
+      const int index = round * blocks + (round % 2 ? blocks - 1 - block : block);
+      if (index >= tiles) continue;
+      const int head = first_head + index % abreast;
+      Tile t;
+      t.kv_head = head % kv_heads, t.chunk = head / kv_heads, t.group = p.in.shape.group;
+      t.first = p.first_token[t.chunk], t.count = p.first_token[t.chunk + 1] - t.first;
+      t.first_row = (tiles_of_head - 1 - index / abreast) * kQueries;
+      t.rows = min(kQueries, t.count * t.group - t.first_row);
+      if (t.rows > 0) f(t);
+    }
   }
 }
 
@@ -366,7 +369,7 @@ cudaError_t launch(const PagedChunks& p, DType dtype, int64_t rows, cudaStream_t
   const Shape& shape = p.in.shape;
   const int heads = shape.kv_heads * shape.batch;
   a.tiles = (p.longest * shape.group + kQueries - 1) / kQueries * heads;
-  constexpr int64_t kTogether = 32 << 20;  // bytes of entries; an L2 cache of Hopper has 50 MiB or more
+  constexpr int64_t kTogether = 16 << 20;  // bytes of entries; Hopper has an L2 cache of 50 MiB or more
   const int64_t fit = std::clamp<int64_t>(kTogether / (int64_t(p.longest) * 2 * D * sizeof(T)), 1, heads);
   const int64_t turns = (heads + fit - 1) / fit;
   a.abreast = int((heads + turns - 1) / turns);

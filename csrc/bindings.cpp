@@ -437,6 +437,8 @@ void paged_chunks(const Tensor& query, const Tensor& key, const Tensor& value, s
   shape.batch = int(c);
   for (Strides* stride : {&p.in.query_stride, &p.in.key_stride, &p.in.value_stride, &p.in.output_stride, &p.in.alpha_stride})
     stride->batch = 0;
+  require(n * shape.kv_heads * shape.group < int64_t(1) << 31, "query holds too many tokens at once for 32-bit indices: ", n, " of ",
+          shape.kv_heads * shape.group, " heads; enter the prompts in shorter chunks");
   require(longest > 0 && longest <= n, "longest must be 1 to ", n, "; got ", longest);
   p.longest = int(longest);
   p.first_token = call.ints(first_token, "first_token", {c + 1});

@@ -57,17 +57,16 @@ __device__ inline int64_t entry_row(const int* table, int index) {
 struct ChunkEntries {
   const int* entry;   // from the beginning of the token's block
   const int* before;  // entries before each block
-  int64_t first;
-  int kv_heads;
+  int first, kv_heads;
 
   __device__ ChunkEntries(const PagedChunks& p, int chunk, int kv_head) : kv_heads(p.in.shape.kv_heads) {
     const int blocks = (p.longest + kDecideBlock - 1) / kDecideBlock;
-    first = int64_t(p.first_token[chunk]) * kv_heads + kv_head;
+    first = p.first_token[chunk] * kv_heads + kv_head;
     entry = p.entry + first, before = p.before + int64_t(chunk * kv_heads + kv_head) * blocks;
   }
-  __device__ int operator[](int token) const { return entry[int64_t(token) * kv_heads] + before[token / kDecideBlock]; }
+  __device__ int operator[](int token) const { return entry[token * kv_heads] + before[token / kDecideBlock]; }
   // Of a token and head, where there is one number or row for each.
-  __device__ int64_t index(int token) const { return first + int64_t(token) * kv_heads; }
+  __device__ int64_t index(int token) const { return first + token * kv_heads; }
 };
 
 // kKeys entries on their way through shared memory: their keys as rows [0, kKeys), behind them their values.

@@ -157,22 +157,23 @@ struct SegmentSums {
   }
 };
 
-// A lane's channels of the queries of one token and KV head, which are rotated into the place of their output, where
-// attend_hopper reads them. Where the token's own entry lies beside, it also needs their scores with its key.
+// A lane's channels of the queries of a KV head, token by token. They are rotated into the place of their output, where
+// attend_hopper reads them. Where a token's own entry lies beside, it also needs their scores with its key.
 template <class T, int D, Pairing kPairing>
 struct QueryRows {
   static constexpr int kAtOnce = 2;
   const PagedChunks& p;
-  const int64_t token;
+  const LanePairs<D, kPairing>& pairs;
   const int first_head, group;
-  PairPack<T> packs[kAtOnce];
+  int token;
+  PairPack<T> packs[kAtOnce];  // those that come next
 
-  __device__ QueryRows(const PagedChunks& p, const LanePairs<D, kPairing>& pairs, int64_t token, int kv_head)
-      : p(p), token(token), first_head(kv_head * p.in.shape.group), group(p.own_score ? p.in.shape.group : 0) {
-    read(pairs, 0);
+  __device__ QueryRows(const PagedChunks& p, const LanePairs<D, kPairing>& pairs, int token, int kv_head)
+      : p(p), pairs(pairs), first_head(kv_head * p.in.shape.group), group(p.own_score ? p.in.shape.group : 0), token(token) {
+    read(0);
   }
 
-  __device__ void read(const LanePairs<D, kPairing>& pairs, int from) {
+  __device__ void read(int from) {
     const T* const query = static_cast<const T*>(p.in.query) + token * p.in.query_stride.token + first_head * p.in.query_stride.head;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -180,20 +181,19 @@ struct QueryRows {
     }
   }
 
-  template <class Key>
-  __device__ void turn(const LanePairs<D, kPairing>& pairs, const Rotation& rotation, Key own_key) {
-    if (!group) return;
-    const PairValues key = own_key();
+  // Of this token; then begin to read the next one's, if there is one.
+  __device__ void turn(const Rotation& rotation, bool beside, const PairValues& own_key, bool goes_on) {
     T* const output = static_cast<T*>(p.in.output) + token * p.in.output_stride.token + first_head * p.in.output_stride.head;
-    float* const score = p.own_score + token * p.in.shape.kv_heads * group + first_head;
+    float* const score = p.own_score + int64_t(token) * p.in.shape.kv_heads * group + first_head;
     for (int from = 0; from < group; from += kAtOnce) {
-      if (from) read(pairs, from);
+      if (from) read(from);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (from + i >= group) break;
         const PairPack<T> turned = pairs.template pack<T>(rotation.apply(pairs.values(packs[i]), pairs.have_last()));
         pairs.write_pack(output + (from + i) * p.in.output_stride.head, turned);
-        const PairValues q = pairs.values(turned);
+        if (!beside) continue;
+        const PairValues q = pairs.values(turned), key = pairs.values(pairs.template pack<T>(own_key));
         float sum = 0.f;
 #pragma unroll
         for (int k = 0; k < 4; ++k) sum += q.first[k] * key.first[k] + q.second[k] * key.second[k];
@@ -202,6 +202,8 @@ struct QueryRows {
         if (pairs.have_last()) score[from + i] = sum;
       }
     }
+    ++token;
+    if (goes_on) read(0);
   }
 };
 
@@ -216,13 +218,13 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_kernel(const __grid_co
   const int run = (blockIdx.z * (kMergeThreads / kLanes<D>) + thread / kLanes<D>)*kRun, run_end = min(run + kRun, count);
   const LanePairs<D, kPairing> pairs(in.rotary, thread % kLanes<D> * 4);
   if (run >= count || !pairs.exist()) return;
-  const int64_t slot = in.slots[chunk], kv_row = slot * kv_heads + kv_head, position = cache.tokens[slot];
+  const int64_t slot = in.slots[chunk], kv_row = slot * kv_heads + kv_head;
+  const int position = int(cache.tokens[slot]);
   const T* const key = static_cast<const T*>(in.key) + first * in.key_stride.token + kv_head * in.key_stride.head;
   const T* const value = static_cast<const T*>(in.value) + first * in.value_stride.token + kv_head * in.value_stride.head;
-  const int64_t first_index = int64_t(first) * kv_heads + kv_head;
   const ChunkEntries entry(p, chunk, kv_head);
   const int* const table = cache.table + kv_row * cache.max_pages;
-  const int64_t state = kv_row + (in.window ? 0 : cache.steps[slot] % 2 * cache.state_stride);
+  const auto state = [&](int next) { return kv_row + (cache.steps[slot] + next) % 2 * cache.state_stride; };  // without a window
 
   if (run + kRun >= count) {  // no entry, but seen by whole tiles of products: 0 times NaN must not be
     const int end = entry[count - 1] + 1;
@@ -238,7 +240,7 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_kernel(const __grid_co
   const auto recent = [&](int i) { return static_cast<const T*>(cache.recent) + ring(i) * 2 * D; };
   const auto key_at = [&](int i) { return i < 0 ? recent(i) : key + i * in.key_stride.token; };
   const auto value_at = [&](int i) { return i < 0 ? recent(i) + D : value + i * in.value_stride.token; };
-  const auto weight_at = [&](int i) { return i < 0 ? cache.recent_weights[ring(i)] : p.weight[first_index + int64_t(i) * kv_heads]; };
+  const auto weight_at = [&](int i) { return i < 0 ? cache.recent_weights[ring(i)] : p.weight[entry.index(i)]; };
   const auto merges = [&](int i) { return position + i > 0 && to_float(key_at(i)[D - 1]) > in.offset; };
 
   const int limit = in.window ? in.window : 0x7fffffff;
@@ -258,9 +260,9 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_kernel(const __grid_co
       from -= merging;
     } while (merging == kAtOnce);
     if (!in.window && from == 0 && merges(0)) {
-      sums.total = cache.total[state];
-      sums.key = SegmentSums::scaled(pairs.read(cache.mean + state * 2 * D), sums.total);
-      sums.value = SegmentSums::scaled(pairs.read(cache.mean + state * 2 * D + D), sums.total);
+      sums.total = cache.total[state(0)];
+      sums.key = SegmentSums::scaled(pairs.read(cache.mean + state(0) * 2 * D), sums.total);
+      sums.value = SegmentSums::scaled(pairs.read(cache.mean + state(0) * 2 * D + D), sums.total);
     }
     held = run - from;
     int i = from;
@@ -280,28 +282,32 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_kernel(const __grid_co
     int entry;
   };
   const auto read = [&](int i) -> Token {
-    return {pairs.read_pack(key_at(i)), pairs.read_pack(value_at(i)), weight_at(i), entry[i]};
+    return {pairs.read_pack(key + i * in.key_stride.token), pairs.read_pack(value + i * in.value_stride.token),
+            p.weight[entry.index(i)], entry[i]};
   };
+  QueryRows<T, D, kPairing> queries(p, pairs, first + run, kv_head);
   Token token = read(run);
   int page = table[token.entry / kPageEntries];
   for (int i = run; i < run_end; ++i) {
-    QueryRows<T, D, kPairing> queries(p, pairs, first + i, kv_head);
     const Token next = i + 1 < count ? read(i + 1) : Token{{}, {}, 0.f, -1};
     Rotation rotation;
-    rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, int(position) + i, 0));
+    rotation.read(in.rotary, pairs, Rotation::offset(in.rotary, position + i, 0));
     if (!joins) sums = {}, held = 0;
     if (held == limit) {  // the oldest leaves: subtracting it would leave a rounding error behind
       sums = {};
       for (int j = i - limit + 1; j < i; ++j) add(j);
       --held;
     }
-    sums.add(pairs.values(token.key), pairs.values(token.value), token.weight);
-    ++held;
-
-    const bool survives = next.entry != token.entry;
-    const int64_t index = first_index + int64_t(i) * kv_heads;
-    const PairValues mean_key = SegmentSums::scaled(sums.key, 1.f / sums.total);
-    const PairValues mean_value = SegmentSums::scaled(sums.value, 1.f / sums.total);
+    const bool survives = next.entry != token.entry, alone = survives && !joins;
+    PairValues mean_key = pairs.values(token.key), mean_value = pairs.values(token.value);
+    if (alone) {
+      sums.total = token.weight;
+    } else {
+      sums.add(mean_key, mean_value, token.weight);
+      ++held;
+      mean_key = SegmentSums::scaled(sums.key, 1.f / sums.total);
+      mean_value = SegmentSums::scaled(sums.value, 1.f / sums.total);
+    }
     const PairValues rotated = rotation.apply(mean_key, pairs.have_last());
     if (survives) {
       const int64_t row = int64_t(page) * 2 * kPageEntries + token.entry % kPageEntries;
@@ -314,11 +320,12 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_kernel(const __grid_co
       }
     }
     if (!survives || cache.scales) {  // a token's own entry is never rounded to 8 bits
-      pairs.write(static_cast<T*>(p.own) + index * 2 * D, rotated);
-      pairs.write(static_cast<T*>(p.own) + (index * 2 + 1) * D, mean_value);
+      T* const own = static_cast<T*>(p.own) + entry.index(i) * 2 * D;
+      pairs.write(own, rotated);
+      pairs.write(own + D, mean_value);
     }
 
-    queries.turn(pairs, rotation, [&] { return survives ? PairValues{} : pairs.values(pairs.template pack<T>(rotated)); });
+    queries.turn(rotation, !survives, rotated, i + 1 < run_end);
 
     const int back = count - 1 - i;
     if (back < in.window - 1) {
@@ -329,10 +336,9 @@ __global__ void __launch_bounds__(kMergeThreads, 4) merge_kernel(const __grid_co
       p.last_weights[place] = token.weight;
     }
     if (!in.window && back == 0) {
-      const int64_t next_state = kv_row + (1 - cache.steps[slot] % 2) * cache.state_stride;
-      pairs.write(cache.mean + next_state * 2 * D, mean_key);
-      pairs.write(cache.mean + next_state * 2 * D + D, mean_value);
-      cache.total[next_state] = sums.total;
+      pairs.write(cache.mean + state(1) * 2 * D, mean_key);
+      pairs.write(cache.mean + state(1) * 2 * D + D, mean_value);
+      cache.total[state(1)] = sums.total;
     }
     joins = !survives;
     token = next;
