@@ -412,8 +412,7 @@ void paged_attention(const Tensor& query, const Tensor& key, const Tensor& value
   const int64_t counters = heads * tiles;
   require(arrived.dim() == 1 && arrived.size(0) >= counters, "arrived must hold ", counters, " numbers; got ", text(arrived.sizes()));
   p.arrived = call.ints(arrived, "arrived", {arrived.size(0)});
-  const int64_t of_block = dmc::workers_of_block(shape.channels), blocks = (p.workers + of_block - 1) / of_block;
-  Tensor partial = torch::stable::new_empty(query, {blocks, 2, tiles, 16, shape.channels + 2}, ScalarType::Float);
+  Tensor partial = torch::stable::new_empty(query, {p.workers, 2, tiles, 16, shape.channels + 2}, ScalarType::Float);
   p.partial = static_cast<float*>(partial.mutable_data_ptr());
   launched(dmc::paged_attention(p, call.dtype, call.stream()));
 }

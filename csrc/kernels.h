@@ -147,14 +147,12 @@ struct NewTokens {
 struct PagedAttention {
   NewTokens in;
   PagedLayer cache;
-  int workers;            // warps for every 16 queries of a KV head, workers_of_block of them in a block
+  int workers;            // warps for every 16 queries of a KV head, several in a thread block
   const int* first_unit;  // [b * g + 1] units of work of the heads before
   const int* first_head;  // [workers] the head that a worker's first unit belongs to
-  float* partial;         // [blocks, 2, tiles of 16 queries, 16, d + 2]
+  float* partial;         // [workers, 2, tiles of 16 queries, 16, d + 2], of which each block uses one worker's
   int* arrived;           // [b * g, tiles of 16 queries], 0 before and after
 };
-
-constexpr int workers_of_block(int channels) { return channels <= 128 ? 8 : 4; }
 
 // A unit of work is as long as it takes to attend to so many entries.
 constexpr int kUnitEntries = 16;

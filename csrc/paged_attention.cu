@@ -63,18 +63,18 @@ struct PagedMemory {
   using Stage = Staging<T, S, D, kUnitEntries, 32>;
   using P = Partial<D, kQueries>;
   // Stages of about 16 KiB together: more copies under way only wait longer for each other.
-  static constexpr int kStages = Stage::kScaled || D == 64 ? 4 : D == 96 ? 3 : 2;
+  static constexpr int kStages = Stage::kScaled ? (kQueries == 8 ? 3 : 2) : D == 64 ? 4 : D == 96 ? 3 : 2;
   static constexpr bool kQueriesInRegisters = D * kQueries <= 2048;  // else they have memory of their own
   static constexpr int kQueryBytes = kQueriesInRegisters ? 0 : Rows<T, D>::bytes(kQueries);
   static constexpr int kAllQueries = kQueries;
-  static constexpr int kWorkers = workers_of_block(D);  // as many as a multiprocessor holds
-  static constexpr int kWorks = 8;  // heads under way at once: the one at hand, and at most one for every stage
+  static constexpr int kWorkers = D <= 128 ? 8 : 4;  // of a block, at most; a multiprocessor of Hopper holds one
+  static constexpr int kWorks = D == 64 ? 8 : 4;  // heads under way at once: the one at hand, and at most one for every stage
   static_assert(kStages < kWorks);
   static constexpr int kStagesBytes = kStages * (Stage::kStageBytes + sizeof(Barrier));
   // Copies into what 128 does not divide are slower.
   static constexpr int kWorkerBytes = (kQueryBytes + Stage::kReadyBytes + kStagesBytes + kWorks * int(sizeof(Work)) + 127) / 128 * 128;
-  static constexpr int kBytes = kWorkers * (kWorkerBytes + P::kBytes);  // what they found lies behind all of them
-  static_assert(P::kBytes % 16 == 0);
+  static constexpr int kBytes = kWorkerBytes + P::kBytes;  // of one worker; what they found lies behind all of them
+  static_assert(P::kBytes % 16 == 0 && kWorkers * kBytes <= 227 * 1024);
   static_assert(kStages * Stage::kStageBytes >= P::kBytes);  // a worker's own, while it combines, lies in its stages
 };
 
@@ -608,7 +608,8 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
   constexpr int N = kQueries / 8;
   const NewTokens& in = p.in;
   const auto [tokens, sequences, heads, kv_heads, channels, group] = in.shape;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block_worker = blockIdx.x * Memory::kWorkers, worker = block_worker + warp;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block_workers = blockDim.x / 32;
+  const int block_worker = blockIdx.x * block_workers, worker = block_worker + warp;
   const int tile = blockIdx.y, all_heads = sequences * kv_heads;
   const int first_row = tile * kQueries, tiles = gridDim.y, rows = min(kQueries, tokens * group - first_row);
   const float per_group = reciprocal(group);
@@ -797,15 +798,15 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
       // Workers [first, last] share the head; of this block, [own_first, own_last]. For all but `last` it is the last head
       // that they have, so that `own_first` can wait for the others.
       const int first = w.head_start / share, last = (w.head_end - 1) / share;
-      const int own_first = max(first, block_worker), own_last = min(last, block_worker + Memory::kWorkers - 1);
+      const int own_first = max(first, block_worker), own_last = min(last, block_worker + block_workers - 1);
       const bool whole = first == last, together = own_first < own_last, combines = worker == own_first;
       // A block has at most two heads that it shares: the one that it begins with, and the one that it ends with.
       const auto of_block = [&](int block) {
-        const bool begins_inside = w.head_start > block * Memory::kWorkers * share;
+        const bool begins_inside = w.head_start > block * block_workers * share;
         return P(p.partial + int64_t((block * 2 + begins_inside) * tiles + tile) * P::kFloats);
       };
       const auto of_worker = [&](int other) {  // of this block
-        char* const places = memory + Memory::kWorkers * Memory::kWorkerBytes;
+        char* const places = memory + block_workers * Memory::kWorkerBytes;
         return P(other == own_first ? stages + (other - worker) * Memory::kWorkerBytes : places + (other - block_worker) * P::kBytes);
       };
       const P own = together ? of_worker(worker) : of_block(blockIdx.x);
@@ -844,7 +845,7 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
         else
           named_arrive(barrier, threads);
       }
-      const int first_block = first / Memory::kWorkers, last_block = last / Memory::kWorkers;
+      const int first_block = first / block_workers, last_block = last / block_workers;
       const bool alone = first_block == last_block;
 #pragma unroll 1
       for (int level = whole || !combines ? 2 : together ? 0 : 1; level < (alone ? 1 : 2); ++level) {
@@ -881,34 +882,45 @@ auto with_queries(int queries, F&& f) {
   return queries <= 8 ? f(std::integral_constant<int, 8>{}) : f(std::integral_constant<int, 16>{});
 }
 
+// Workers of a thread block on the current device, as many as its shared memory has room for; 0 for an error.
+template <class Memory>
+int workers_of_block() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return 0;
+  return min(Memory::kWorkers, bytes / Memory::kBytes);
+}
+
 template <class T, class S, int D>
 cudaError_t launch(const PagedAttention& p, cudaStream_t stream) {
   const int queries = p.in.shape.tokens * p.in.shape.group;
   return with_queries(queries, [&](auto at_once) {
-    constexpr int kQueries = at_once, bytes = PagedMemory<T, S, D, kQueries>::kBytes;
+    constexpr int kQueries = at_once;
+    using Memory = PagedMemory<T, S, D, kQueries>;
     const auto kernel = paged_attention_kernel<T, S, D, kQueries>;
+    const int workers = workers_of_block<Memory>(), bytes = workers * Memory::kBytes;
+    if (!workers) return cudaErrorInvalidConfiguration;
     if (auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-    constexpr int kWorkers = PagedMemory<T, S, D, kQueries>::kWorkers;
-    const dim3 grid((p.workers + kWorkers - 1) / kWorkers, (queries + kQueries - 1) / kQueries);
-    kernel<<<grid, 32 * kWorkers, bytes, stream>>>(p);
+    const dim3 grid((p.workers + workers - 1) / workers, (queries + kQueries - 1) / kQueries);
+    kernel<<<grid, 32 * workers, bytes, stream>>>(p);
     return cudaGetLastError();
   });
 }
 
-// Of the kernel that has room for fewer.
+// On the whole device at once, of the kernel that has room for fewer.
 template <class T, class S, int D>
 int workers() {
   int device = 0, processors = 0, least = 0;
   if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return 0;
   for (const int queries : {8, 16}) {
     const int found = with_queries(queries, [&](auto at_once) {
-      constexpr int kQueries = at_once, bytes = PagedMemory<T, S, D, kQueries>::kBytes;
-      const auto kernel = paged_attention_kernel<T, S, D, kQueries>;
+      using Memory = PagedMemory<T, S, D, at_once>;
+      const auto kernel = paged_attention_kernel<T, S, D, at_once>;
+      const int of_block = workers_of_block<Memory>(), bytes = of_block * Memory::kBytes;
       int blocks = 0;
-      if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ||
-          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * workers_of_block(D), bytes))
+      if (!of_block || cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) ||
+          cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * of_block, bytes))
         return 0;
-      return blocks * processors * workers_of_block(D);
+      return blocks * processors * of_block;
     });
     least = queries == 8 ? found : min(least, found);
   }

@@ -133,6 +133,31 @@ def test_entries_in_8_bits(fresh_seed):
     assert rounded.vanilla_bytes == exact.vanilla_bytes
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_fused_kernels_choose_the_models_tokens(fresh_seed, implementation, fp8, monkeypatch):
+    """In bfloat16, with chunks, changing batches and a CUDA graph, against a pass over what came out.
+
+    A logit's rounding depends on the batch, and so does a decision at its threshold: a few tokens may differ.
+    """
+    if implementation == "transformer_engine":
+        pytest.importorskip("transformer_engine")
+    monkeypatch.setattr(module, "MAX_CHUNK", 16)
+    cfg = config(transformer_impl=implementation, hidden_size=256, params_dtype=torch.bfloat16, bf16=True)
+    model, prompts = gpt(cfg).to(torch.bfloat16).eval(), prompts_of(1, 5, 40, 17, 2, 16)
+    generation = Generation(loaded(model, eod=-1), prompts, 20, slots=4, fp8=fp8)
+    assert generation._captures, "the kernels do not run"
+    same = []
+    for prompt, found in zip(prompts, gathered(generation, len(prompts)), strict=True):
+        tokens = torch.tensor([prompt + found], device="cuda")
+        with torch.no_grad():
+            logits = model(tokens, torch.arange(tokens.shape[1], device="cuda")[None], None)[0, :, :VOCABULARY]
+        same.append(logits[len(prompt) - 1 : -1].argmax(-1) == tokens[0, len(prompt) :])
+    assert torch.cat(same).float().mean() > (0.6 if fp8 else 0.9)
+    assert generation.report.ratio > 1 and generation._cache._free_count == len(generation._cache.pages)
+
+
 def test_a_crowded_cache_delays_but_loses_nothing(fresh_seed, monkeypatch):
     model = gpt(config()).eval()
     prompts = prompts_of(20, 31, 7, 25)

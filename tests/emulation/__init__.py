@@ -61,7 +61,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr asked, int) {
     case cudaDevAttrComputeCapabilityMajor: *value = (capability ? capability : "9.0")[0] - '0'; break;
     case cudaDevAttrComputeCapabilityMinor: *value = (capability ? capability : "9.0")[2] - '0'; break;
     case cudaDevAttrMultiProcessorCount: *value = 3; break;
-    default: *value = 227 * 1024;
+    default: *value = (capability && capability[0] == '8' ? 163 : 227) * 1024;  // shared memory of a block
   }
   return cudaSuccess;
 }

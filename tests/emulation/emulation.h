@@ -57,7 +57,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<char> shared;
   uint3 index;
-  dim3 grid;
+  dim3 grid, threads;
   int current = 0, at_barrier = 0;
   uint64_t barriers = 0, progress = 0;  // barriers passed; anything that let someone go on
   std::vector<std::function<void()>> boxes;  // on their way
@@ -135,7 +135,7 @@ inline void launch(dim3 grid, dim3 threads, size_t shared, cudaStream_t, const s
     const unsigned b = backwards ? blocks - 1 - n : n;
     Block state;
     block = &state;
-    state.grid = grid;
+    state.grid = grid, state.threads = threads;
     state.index = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
     state.fibers.resize(threads.x);
     state.warps.resize((threads.x + 31) / 32);
@@ -195,6 +195,7 @@ T from_bits(uint64_t x) {
 #define threadIdx (emulation::fiber().index)
 #define blockIdx (emulation::block->index)
 #define gridDim (emulation::block->grid)
+#define blockDim (emulation::block->threads)
 
 template <class T>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int, size_t) {
