@@ -1,6 +1,6 @@
 """Decoding from the paged cache: a layer's fused step, beside FlashInfer with heads as requests.
 
-    python benchmarks/decode_kernel.py [--out benchmarks/results/decode-kernel-h200.json]
+    python benchmarks/decode_kernel.py [--out benchmarks/results/decode-kernel-h100.json]
 
 One run on one GPU measures everything. Caches are filled with random numbers, pages in random order; the heads' lengths
 spread evenly over 0.25 to 1.75 times their mean, tokens over compression (at compression 1 a sequence's heads are

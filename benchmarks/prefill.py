@@ -1,6 +1,6 @@
 """Attention of whole prompts into the paged cache, beside plain causal attention and FlexAttention.
 
-    python benchmarks/prefill.py [--out benchmarks/results/prefill-h200.json]
+    python benchmarks/prefill.py [--out benchmarks/results/prefill-h100.json]
 
 One run on one GPU measures everything; times are medians of CUDA graph replays. Tokens merge with probability
 1 - 1/compression, each head's for itself.
