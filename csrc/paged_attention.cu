@@ -5,8 +5,8 @@
 // worker is a warp, and all by itself: its copies of entries run ahead of it, over the borders of heads; no barrier stops
 // them. Whoever gets a head's first unit merges its new tokens and writes them into the cache. Where a head's units fall
 // to several workers, the first of them in each thread block combines what its block found, and the last block to finish
-// combines that. Nothing that a launch reads is written in it: merging reads tokens that the ring still holds, attention reads
-// entries that are closed, and lengths are committed after the step.
+// combines that. Nothing that a launch reads is written in it: merging reads tokens that the ring still holds, attention
+// reads entries that are closed, and lengths are committed after the step.
 //
 // Entries are the rows of the products on the tensor cores, queries their columns: of those there may be as few as eight.
 //

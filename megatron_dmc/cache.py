@@ -310,7 +310,8 @@ class PagedCache:
             chunk_slots: `[c]` int64 on the cache's device, sequences whose next tokens come as a chunk.
             chunk_lengths: how many tokens each chunk has.
 
-        A slot twice, a chunk for no slot, or a sequence that becomes too long makes the whole step not `ok`.
+        A slot twice, a chunk for no slot, or a sequence that becomes too long makes the whole step not `ok`; so does a
+        slot that there is not on a GPU, whose numbers are not waited for.
 
         Raises:
             DMCError: for arguments that do not fit.
@@ -327,7 +328,7 @@ class PagedCache:
         lengths = self.lengths[:, self._rows(every_slot)]
         more = self._on_device([new_tokens] * len(slots) + list(chunk_lengths)) if chunk_lengths else new_tokens
         fits = (self.tokens[self._rows(every_slot)] + more <= self.shape.max_tokens) | (every_slot < 0)
-        ok = fits.all() & (chunk_slots >= 0).all() & ~_repeated(every_slot).any()
+        ok = (fits & (every_slot < self.shape.slots)).all() & (chunk_slots >= 0).all() & ~_repeated(every_slot).any()
         decoding = lengths[:, : len(slots)]
         if len(slots):
             ok = self._take(slots, decoding, new_tokens, ok)
@@ -456,7 +457,7 @@ class PagedCache:
         """Move sequences from the slots `source` `[b]` to the empty slots `target` `[b]`; -1 in both is passed over.
 
         A slot may be source and target at once, so that sequences can change places. If a target holds a
-        sequence that does not move itself, or a slot is named twice, nothing moves.
+        sequence that does not move itself, or a slot is named twice or does not exist, nothing moves.
         """
         self._check_slots(source)
         self._check_slots(target)
@@ -466,8 +467,9 @@ class PagedCache:
         # By pages, not by tokens: a step that was begun and not committed leaves pages, too.
         taken = (self.table[:, self._rows(target), :, 0] >= 0).any(0).any(-1) & ~leaves
         moves = (source >= 0) & (target >= 0)
+        exist = (source < self.shape.slots) & (target < self.shape.slots)
         # All or nothing: a move that is left out would leave another without its place.
-        moves &= ~(moves & (taken | _repeated(source) | _repeated(target))).any()
+        moves &= ~(moves & (taken | ~exist | _repeated(source) | _repeated(target))).any()
         here, there = (self._rows(x.masked_fill(~moves, -1)) for x in (source, target))
         empty = dict(table=-1, lengths=0, tokens=0)
         for name in ("table", "lengths", "tokens", "recent", "recent_weights", "mean", "total", "steps"):
@@ -505,7 +507,8 @@ class PagedCache:
         return x.pin_memory().to(self.lengths.device, non_blocking=True) if self.lengths.is_cuda else x
 
     def _rows(self, slots: Tensor) -> Tensor:
-        return torch.where(slots >= 0, slots, self.shape.slots)
+        """Where slots lie in the tensors here: nobody's place for what is no slot."""
+        return torch.where((slots >= 0) & (slots < self.shape.slots), slots, self.shape.slots)
 
     def _check_slots(self, slots: Tensor, may_be_empty: bool = False) -> None:
         if may_be_empty and not slots.numel():

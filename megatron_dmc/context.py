@@ -107,7 +107,7 @@ class PagedContext(BaseInferenceContext):
         go on from what it left undone, and may merge that into an open entry.
         """
         cache, slots = self.cache, torch.cat([self.step.slots, self.step.chunk_slots])
-        rows = torch.where(slots >= 0, slots, cache.shape.slots)
+        rows = cache._rows(slots)
         last = cache.lengths[:, rows].long() - 1
         place = last.clamp(min=0)
         page = cache.table[:, rows].gather(-1, (place // cache.shape.page_entries)[..., None]).flatten()

@@ -117,6 +117,32 @@ def test_moving_takes_everything_along(fresh_seed):
         check(cache)
 
 
+def test_slots_that_do_not_exist_change_nothing(fresh_seed, monkeypatch):
+    """Where nobody waits for the device to look at their numbers, as on a GPU."""
+    monkeypatch.setattr(PagedCache, "_check_slots", lambda *_, **__: None)
+    cache, generator = make(), torch.Generator().manual_seed(fresh_seed)
+    step = cache.begin(slots_of(cache, 0, 1), 8)
+    advance(cache, step, generator)
+    cache.commit(step)
+    names = ("table", "lengths", "tokens", "_free_count")
+    before = {name: getattr(cache, name).clone() for name in names}
+    beyond = slots_of(cache, 1, SHAPE.slots), slots_of(cache, SHAPE.slots + 1000, 0)
+    for slots in beyond:
+        for step in (
+            cache.begin(slots, 3),
+            cache.begin(chunk_slots=slots, chunk_lengths=[4, 2]),
+            cache.begin(slots[:1], 1, chunk_slots=slots[1:], chunk_lengths=[4]),
+        ):
+            assert not step.ok and cache.positions(step).shape == (step.tokens,)
+            cache.commit(step)
+        cache.move(slots, slots_of(cache, 3, 4))
+        cache.move(slots_of(cache, 0, 1), slots)
+    cache.release(slots_of(cache, SHAPE.slots, SHAPE.slots + 1000))
+    for name, x in before.items():
+        assert x.equal(getattr(cache, name)), name
+    check(cache)
+
+
 def test_statistics():
     cache = make()
     step = cache.begin(slots_of(cache, 2, 0), 4)
