@@ -23,8 +23,8 @@ __device__ inline float importance(const T* first_query, int64_t head_stride, in
   return 1.f / (1.f + expf(-(last / group + offset))) + 0x1p-7f;
 }
 
-// Rotate `rows` rows into shared memory, by the `thread`-th of `threads` threads: row r, at from(r) or null for zeros, as its token stands
-// at position(r).
+// Rotate `rows` rows into shared memory, by the `thread`-th of `threads` threads: row r, at from(r) or null for zeros, as
+// its token stands at position(r).
 template <class T, int D, Pairing kPairing, class From, class Position>
 __device__ inline void rotate_rows(const Rotary& rotary, Rows<T, D> to, int rows, int thread, int threads, From from, Position position) {
   const LanePairs<D, kPairing> pairs(rotary, thread % kLanes<D> * 4);

@@ -170,7 +170,7 @@ def test_many_pages(kernels, kernel, channels, capability, fresh_seed):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("channels", [64, 96, 128, 256])
 def test_many_workers(kernels, kernel, channels, fresh_seed):
-    """Heads that so many workers share that groups of them combine first; workers that only get new tokens' units."""
+    """Heads that the workers of several thread blocks share; workers that only get new tokens' units."""
     shape = CacheShape(1, 2, 6, 1, channels, 800, 12)
     plan = [([], 1, {0: 330, 1: 70})] + [([1, 0], 1, {})] * 2 + [([0, -1, 1], 4, {})] * 2
     for workers in (19, 100):
