@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_dmc.cache import PagedCache
 from megatron_dmc.compression import Compression
 from megatron_dmc.config import DMCError
-from megatron_dmc.context import PagedContext
+from megatron_dmc.context import HoldsPages
 from megatron_dmc.ops.fused import choose_kernel, dmc_attention
 from megatron_dmc.ops.noise import LogisticNoise
 from megatron_dmc.ops.paged import choose_paged_kernel, paged_attention
@@ -47,7 +47,7 @@ class DMCCall:
 
     rotary: Rotary | None
     cache: DMCCache | None = None
-    paged: PagedContext | None = None
+    paged: HoldsPages | None = None
 
 
 class DMCCoreAttention(MegatronModule):
@@ -136,12 +136,16 @@ class DMCCoreAttention(MegatronModule):
                 f"the cache was made for windows of {cache.shape.window} tokens, the model merges over "
                 f"{self.compression.config.dmc_window_size}"
             )
+        step, tokens = call.paged.step, len(query)
+        query, key, value = (x[: step.tokens, 0] for x in (query, key, value))  # behind them, padding at most
         output, alpha = paged_attention(
-            query[:, 0], key[:, 0], value[:, 0], call.rotary, cache, call.paged.layers[self.layer + 1], call.paged.step,
+            query, key, value, call.rotary, cache, call.paged.layers[self.layer + 1], step,
             kernel=self.paged_kernel(query, cache), **settings,
         )  # fmt: skip
         if self.observer is not None:
             self.observer(alpha[:, None])
+        if len(output) < tokens:
+            output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, tokens - len(output)))
         return output[:, None].flatten(2)
 
     def paged_kernel(self, query: Tensor, cache: PagedCache) -> str:
@@ -215,20 +219,19 @@ class DMCSelfAttention(SelfAttention):
         if given := [name for name, value in refused.items() if value is not None]:
             raise DMCError(f"DMC attention takes no {', '.join(given)}")
         context = inference_context if inference_context is not None else inference_params
-        if isinstance(context, PagedContext):
-            call = DMCCall(
-                rotary=self._rotary_tables(rotary_pos_emb, slice(0, context.max_sequence_length)), paged=context
-            )
+        if isinstance(context, HoldsPages):
+            positions = slice(0, context.max_sequence_length)
+            call = DMCCall(rotary=self._rotary_tables(rotary_pos_emb, positions, context), paged=context)
             return super().forward(hidden_states, attention_mask, attention_bias=call)
         if context is not None and not context.is_static_batching():
             raise DMCError(
-                "DMC generates with megatron_dmc.context.PagedContext or Megatron's StaticInferenceContext; got "
-                f"{type(context).__name__}"
+                "DMC generates with a context of its own (megatron_dmc.LLM, megatron_dmc.context) or Megatron's "
+                f"StaticInferenceContext; got {type(context).__name__}"
             )
         start = 0 if context is None else context.sequence_len_offset
         tokens = hidden_states.shape[0] * (get_pg_size(self.tp_group) if self.config.sequence_parallel else 1)
         call = DMCCall(
-            rotary=self._rotary_tables(rotary_pos_emb, slice(start, start + tokens)),
+            rotary=self._rotary_tables(rotary_pos_emb, slice(start, start + tokens), self.core_attention.compression),
             cache=None if context is None else self._cache(context, hidden_states),
         )
         return super().forward(
@@ -243,23 +246,23 @@ class DMCSelfAttention(SelfAttention):
         """The base class would store every key and value here; DMC's cache takes them in the core attention."""
         return query, key, value, rotary_pos_emb, self.attn_mask_type, None
 
-    def _rotary_tables(self, embedding: Any, positions: slice) -> Rotary | None:
+    def _rotary_tables(self, embedding: Any, positions: slice, owner: Compression | HoldsPages) -> Rotary | None:
         """`(cos, sin)` from the angles `[s, 1 | b, 1, d_rot]` that Megatron passes, at `positions`, in float32.
 
         Megatron gives both channels of a pair their angle, the same one; the tables hold it once.
-        Megatron passes one tensor to all layers, and the same one in every step: its tables are made once.
+        Megatron passes one tensor to all layers, and the same one in every step: its tables are made once, and kept
+        with their `owner`.
         """
         skip = self.config.no_rope_freq and self.config.no_rope_freq[self.layer_number - 1]
         if embedding is None or skip:
             return None
         angles = embedding[0] if isinstance(embedding, tuple) else embedding
-        compression = self.core_attention.compression
-        known = compression.rotary_tables
+        known = owner.rotary_tables
         if known is not None and known[0] is angles and known[1] == positions:
             return known[2]
         tables = self._make_rotary_tables(angles, positions)
-        if not torch.is_inference_mode_enabled():  # training could not use them later
-            compression.rotary_tables = angles, positions, tables
+        if isinstance(owner, HoldsPages) or not torch.is_inference_mode_enabled():  # training could not use them
+            owner.rotary_tables = angles, positions, tables
         return tables
 
     def _make_rotary_tables(self, angles: Tensor, positions: slice) -> Rotary:

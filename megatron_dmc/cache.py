@@ -251,11 +251,20 @@ class PagedCache:
 
     def _count_workers(self) -> int:
         """Warps that decode at once on the current device; where the kernels do not run, any number will do."""
-        from megatron_dmc.ops.fused import load_extension
+        from megatron_dmc.ops.fused import _unsupported
 
-        if load_extension() is not None:
+        probe = torch.empty(0, self.shape.channels, dtype=self.dtype, device="cuda")
+        if self.dtype == torch.float32 or _unsupported(probe) is not None:
             return 1
-        return torch.ops.megatron_dmc.paged_workers(self.dtype, self.shape.channels, self.shape.fp8) or 1
+        workers = torch.ops.megatron_dmc.paged_workers(self.dtype, self.shape.channels, self.shape.fp8)
+        if not workers:
+            entries = "8 bits" if self.shape.fp8 else "16 bits"
+            raise DMCError(
+                f"the decoding kernel cannot be launched on {torch.cuda.get_device_name()} for heads of "
+                f"{self.shape.channels} channels and entries of {entries}: it needs more shared memory than a block "
+                "has there; set --dmc-kernel reference, or store entries in 16 bits"
+            )
+        return workers
 
     @staticmethod
     def pages_in(
@@ -336,8 +345,8 @@ class PagedCache:
         shape, c = self.shape, len(chunk_slots)
         last = last_weights = None
         if c and shape.window > 1:
-            last = self.recent.new_empty(shape.layers, c, shape.kv_heads, shape.window - 1, 2, shape.channels)
-            last_weights = last.new_empty(last.shape[:4], dtype=torch.float32)
+            last = self.recent.new_zeros(shape.layers, c, shape.kv_heads, shape.window - 1, 2, shape.channels)
+            last_weights = last.new_zeros(last.shape[:4], dtype=torch.float32)
         first_token = [sum(chunk_lengths[:i]) for i in range(c + 1)]
         first_token = self._on_device(first_token).int() if c else nobody.int()
         return Step(
@@ -484,6 +493,21 @@ class PagedCache:
 
     def clear_dry(self) -> None:
         self.dry.zero_()
+
+    @property
+    def free_pages(self) -> Tensor:
+        """`[]` int64 on the device: pages that nobody holds."""
+        return self._free_count
+
+    @torch.no_grad()
+    def usage(self) -> tuple[Tensor, Tensor]:
+        """Pages that each slot holds, and those that one more token would take, both `[slots]` int64 on the device."""
+        slots = self.shape.slots
+        place = self.lengths[:, :slots].long().div(self.shape.page_entries, rounding_mode="floor")
+        last = place.clamp(max=self.shape.max_pages - 1)[..., None]
+        ready = (self.table[:, :slots].gather(-1, last)[..., 0] >= 0) & (place < self.shape.max_pages)
+        needs = ~ready & (self.tokens[:slots] > 0)[:, None]
+        return (place + ready).sum((0, 2)), needs.sum((0, 2))
 
     def statistics(self) -> CacheStatistics:
         """What the cache holds now. Waits for the device."""

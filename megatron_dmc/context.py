@@ -36,7 +36,30 @@ def cache_shape(model: torch.nn.Module, *, slots: int, max_tokens: int, fp8: boo
     )
 
 
-class PagedContext(BaseInferenceContext):
+class HoldsPages:
+    """What a DMC layer finds in a context: the cache, the layer's place in it, and the step under way.
+
+    Attributes:
+        cache: for this rank's layers and KV heads.
+        layers: by Megatron's layer number, places in the cache.
+        step: what `cache.begin` returned, `None` between steps.
+        rotary_tables: what the layers made of the model's angles (`DMCSelfAttention._rotary_tables`).
+    """
+
+    cache: PagedCache
+    layers: dict[int, int]
+    step: Step | None = None
+    rotary_tables: tuple | None = None
+
+    def _hold(self, model: torch.nn.Module, cache: PagedCache) -> None:
+        layers = dmc_layers([model])
+        if len(layers) != cache.shape.layers:
+            raise DMCError(f"the cache has {cache.shape.layers} layers, the model {len(layers)} with DMC")
+        self.cache = cache
+        self.layers = {layer.layer_number: i for i, layer in enumerate(layers)}
+
+
+class PagedContext(HoldsPages, BaseInferenceContext):
     """Megatron's inference context over a `PagedCache`. A step of a model goes
 
         step = context.begin(slots, …)                              # as PagedCache.begin
@@ -58,12 +81,7 @@ class PagedContext(BaseInferenceContext):
 
     def __init__(self, model: torch.nn.Module, cache: PagedCache, groups: Sequence = ()) -> None:
         super().__init__(InferenceConfig(materialize_only_last_token_logits=True))
-        layers = dmc_layers([model])
-        if len(layers) != cache.shape.layers:
-            raise DMCError(f"the cache has {cache.shape.layers} layers, the model {len(layers)} with DMC")
-        self.cache = cache
-        self.layers = {layer.layer_number: i for i, layer in enumerate(layers)}
-        self.step: Step | None = None
+        self._hold(model, cache)
         self._kept: list[tuple[Tensor, tuple, Tensor]] | None = None
         self._groups = [group for group in groups if get_pg_size(group) > 1]
 

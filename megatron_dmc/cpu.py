@@ -43,8 +43,9 @@ class _Redirect(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu") if isinstance(kwargs["device"], int) else _on_cpu(kwargs["device"])
-        if func is torch.Tensor.cuda:
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
+        kwargs.pop("pin_memory", None)
         if func is torch.Tensor.type:  # 'torch.cuda.FloatTensor' is the name of a type
             if len(args) == 1 and not kwargs:
                 return func(*args).replace("torch.", "torch.cuda.")
@@ -118,6 +119,7 @@ def _emulate_devices() -> None:
         synchronize=returns(None),
         empty_cache=returns(None),
         reset_peak_memory_stats=returns(None),
+        mem_get_info=returns((2 << 30, 8 << 30)),
         memory_allocated=returns(0),
         max_memory_allocated=returns(0),
         memory_reserved=returns(0),

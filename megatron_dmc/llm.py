@@ -1,0 +1,149 @@
+"""Serve a DMC model from Python: `LLM`, and `AsyncLLM` for programs built on asyncio."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.inference.apis import MegatronAsyncLLM, MegatronLLM, _llm_base
+from megatron.core.inference.config import InferenceConfig
+
+from megatron_dmc.checkpoint import LoadedModel, load
+from megatron_dmc.config import DMCError
+from megatron_dmc.engine import DMCController, DMCInferenceContext, DMCInferenceEngine
+
+
+def inference_config(
+    *,
+    max_sequence_length: int,
+    cache_gib: float | None = None,
+    memory_share: float = 0.9,
+    max_requests: int | None = None,
+    max_step_tokens: int = 8192,
+    prompt_log_probs: bool = False,
+    cuda_graphs: int = 16,
+    **settings: Any,
+) -> InferenceConfig:
+    """Megatron's `InferenceConfig` with what serving DMC usually wants; the one place where defaults stand.
+
+    Args:
+        max_sequence_length: the longest sequence, prompt and answer.
+        cache_gib: memory for the whole cache in GiB; by default
+        memory_share: of what is free on the device now.
+        max_requests: requests at once, at most (`DMCInferenceContext`).
+        max_step_tokens: tokens of one step, at most; longer prompts enter in chunks.
+        prompt_log_probs: keep logits of all tokens, which log-probabilities of prompts need.
+        cuda_graphs: sizes of batch that steps of decoding are captured for, at most.
+        settings: anything else of `InferenceConfig`.
+    """
+    if cache_gib is None:
+        if not 0 < memory_share <= 1:
+            raise DMCError(f"memory_share must be above 0 and at most 1; got {memory_share}")
+        cache_gib = torch.cuda.mem_get_info()[0] * memory_share / 2**30
+    return InferenceConfig(
+        **{
+            "max_sequence_length": max_sequence_length,
+            "buffer_size_gb": cache_gib,
+            "max_requests": max_requests,
+            "max_tokens": max_step_tokens,
+            "materialize_only_last_token_logits": not prompt_log_probs,
+            "enable_chunked_prefill": True,
+            "num_cuda_graphs": cuda_graphs,
+            **settings,
+        }
+    )
+
+
+@contextlib.contextmanager
+def _classes_of_dmc(model: Any, fp8: bool) -> Iterator[None]:
+    """While this is open, Megatron's LLM classes build DMC's context, controller and engine.
+
+    Their constructor names the classes that it builds and takes no others.
+    """
+    with mock.patch.multiple(
+        _llm_base,
+        DynamicInferenceContext=lambda _, config: DMCInferenceContext(model, config, fp8=fp8),
+        TextGenerationController=DMCController,
+        DynamicInferenceEngine=DMCInferenceEngine,
+    ):
+        yield
+
+
+class _FromCheckpoint:
+    """What `LLM` and `AsyncLLM` add to Megatron's classes: they begin with a checkpoint."""
+
+    def __init__(
+        self,
+        checkpoint: str | Path | LoadedModel,
+        *,
+        tokenizer_model: str | None = None,
+        cache_fp8: bool = False,
+        use_coordinator: bool | None = None,
+        coordinator_host: str | None = None,
+        coordinator_port: int | None = None,
+        seed: int = 0,
+        max_sequence_length: int | None = None,
+        **settings: Any,
+    ) -> None:
+        loaded = (
+            checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, tokenizer_model=tokenizer_model)
+        )
+        self.loaded = loaded
+        limit = loaded.args.max_position_embeddings
+        length = limit if max_sequence_length is None else max_sequence_length
+        if loaded.args.position_embedding_type == "learned_absolute" and length > limit:
+            raise DMCError(f"max_sequence_length {length} exceeds the model's {limit} positions")
+        loaded.model.config.inference_sampling_seed = seed
+        options = {} if use_coordinator is None else dict(use_coordinator=use_coordinator)
+        with _classes_of_dmc(loaded.model, cache_fp8):
+            super().__init__(
+                model=loaded.model,
+                tokenizer=loaded.tokenizer,
+                inference_config=inference_config(max_sequence_length=length, **settings),
+                coordinator_host=coordinator_host,
+                coordinator_port=coordinator_port,
+                **options,
+            )
+
+
+_ARGUMENTS = """
+
+    Args:
+        checkpoint: a checkpoint of the stage retrofit or finetune (`megatron_dmc.checkpoint.load`), or what `load`
+            returned.
+        tokenizer_model: where the tokenizer is now, if it has moved since training.
+        cache_fp8: store the cache's entries in 8 bits.
+        use_coordinator, coordinator_host, coordinator_port: Megatron's coordinator, which deals requests out to
+            data-parallel ranks.
+        seed: of random choices.
+        max_sequence_length: the longest sequence, prompt and answer; by default what the model was trained for.
+        settings: memory and limits, see `inference_config`.
+
+    Raises:
+        DMCError: for a checkpoint or settings that cannot be served.
+    """
+
+
+class LLM(_FromCheckpoint, MegatronLLM):
+    __doc__ = (
+        """Generate from a compressed cache, many prompts at a time.
+
+        llm = LLM("checkpoints/dmc-4x", cache_gib=20)
+        for request in llm.generate(["import os", "class Queue"], SamplingParams(top_k=1, num_tokens_to_generate=64)):
+            print(request.generated_text)
+
+    `generate`, `shutdown` and the rest are those of Megatron's `MegatronLLM`. Requests that cannot be served come back
+    with the status FAILED and an event that says why."""
+        + _ARGUMENTS
+    )
+
+    def __init__(self, checkpoint: str | Path | LoadedModel, *, use_coordinator: bool = False, **settings: Any) -> None:
+        super().__init__(checkpoint, use_coordinator=use_coordinator, **settings)
+
+
+class AsyncLLM(_FromCheckpoint, MegatronAsyncLLM):
+    __doc__ = "The same for asyncio, over Megatron's `MegatronAsyncLLM`: `await llm.generate(…)`, `serve`." + _ARGUMENTS

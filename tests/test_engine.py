@@ -1,0 +1,308 @@
+"""Megatron's dynamic engine over the paged cache: requests that come, go, give way, or cannot be served."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_layer import config, gpt
+
+from megatron_dmc.cache import PagedCache
+from megatron_dmc.checkpoint import LoadedModel
+from megatron_dmc.config import DMCConfig, DMCError
+from megatron_dmc.engine import DMCInferenceContext, PageAccount
+
+pytestmark = pytest.mark.usefixtures("megatron")
+VOCABULARY, END = 60, 7
+
+
+class Letters:
+    """A tokenizer of 60 characters."""
+
+    vocab_size, eod, bos = VOCABULARY, END, 0
+
+    def tokenize(self, text):
+        return [ord(c) - 48 for c in text]
+
+    def detokenize(self, tokens, **_):
+        return "".join(chr(48 + t) for t in tokens)
+
+
+@pytest.fixture(autouse=True)
+def outside_of_inference():
+    """An engine leaves Megatron's process-wide flag set."""
+    from megatron.core.inference.utils import InferenceMode
+
+    yield
+    InferenceMode.unset_active()
+
+
+def model_of(offset=0.1, **changes):
+    """Of decisions both ways; with a larger offset, few tokens merge."""
+    return gpt(config(**changes), DMCConfig(dmc_stage="retrofit", dmc_init_val=offset)).eval()
+
+
+def serve(model, pages=None, **settings):
+    """An LLM for a model; `pages` of the pool for each head."""
+    from megatron_dmc.context import cache_shape
+    from megatron_dmc.llm import LLM
+
+    settings = dict(max_requests=4, max_step_tokens=16, max_sequence_length=60) | settings
+    if pages is not None:
+        shape = cache_shape(model, slots=settings["max_requests"], max_tokens=settings["max_sequence_length"])
+        dtype = next(model.parameters()).dtype
+        taken = pages * shape.layers * shape.kv_heads * (shape.page_bytes(dtype) + 4)
+        settings["cache_gib"] = (shape.fixed_bytes(dtype) + taken + 1) / 2**30
+    args = SimpleNamespace(position_embedding_type="rope", max_position_embeddings=64)
+    return LLM(LoadedModel(model, Letters(), args, None), **settings)
+
+
+@torch.no_grad()
+def without_cache(model, prompt, count, stop=()):
+    """Greedy, the whole sequence again for every token, up to the end token or a stop word."""
+    tokens, found = list(prompt), []
+    while len(found) < count:
+        positions = torch.arange(len(tokens), device="cuda")[None]
+        logits = model(torch.tensor([tokens], device="cuda"), positions, None, runtime_gather_output=True)
+        found.append(int(logits[0, -1, :VOCABULARY].argmax()))
+        tokens.append(found[-1])
+        if found[-1] == END or any(found[-len(word) :] == word for word in stop):
+            break
+    return found
+
+
+def greedy(count, **changes):
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    return SamplingParams(**{**dict(top_k=1, num_tokens_to_generate=count), **changes})
+
+
+def prompts_of(*lengths):
+    return [[t if t != END else END + 1 for t in torch.randint(0, VOCABULARY, (n,)).tolist()] for n in lengths]
+
+
+def reason(request):
+    """Why a request failed."""
+    (error,) = (event.payload for event in request.events if "ERROR" in event.type.name)
+    assert not error.is_transient
+    return str(error)
+
+
+def everything_returned(llm):
+    cache = llm.context.cache
+    statistics = cache.statistics()
+    assert statistics.pages_free == statistics.pages and not cache.dry
+    assert (cache.table[:, :-1] == -1).all()
+    assert sorted(cache._free[: statistics.pages].tolist()) == list(range(statistics.pages))
+    assert llm.context.kv_block_allocator.total_avail == cache.shape.slots
+    assert llm.context.account.free == statistics.pages / (cache.shape.layers * cache.shape.kv_heads)
+    assert not llm.engine.requests and not llm.engine.waiting_request_ids
+
+
+@pytest.fixture
+def careless(monkeypatch):
+    """Requests are admitted whatever those that run will still need."""
+    monkeypatch.setattr(PageAccount, "growth", lambda self, more: 0.0)
+
+
+@pytest.mark.parametrize("pages", [None, 4])
+def test_text_does_not_depend_on_company(fresh_seed, pages, careless):
+    """Chunks, decoding and, in a small pool, requests that give way: the same tokens as alone and without a cache."""
+    model = model_of(1.0)
+    prompts = prompts_of(3, 20, 1, 9, 30, 2, 2, 40, 17, 16, 33, 5)
+    expected = [without_cache(model, prompt, 18) for prompt in prompts]
+    llm = serve(model, pages)
+    results = llm.generate(prompts, greedy(18))
+    assert [list(r.generated_tokens) for r in results] == expected
+    assert [r.prompt_tokens.tolist() for r in results] == prompts
+    assert (llm.context.evictions > 0) == (pages is not None)
+    everything_returned(llm)
+    assert 1 < llm.context.account.ratio < 60
+
+
+def test_admission_leaves_room_to_grow(fresh_seed):
+    """With what is measured of compression, nobody has to give way, and yet several run at once."""
+    llm = serve(model_of(), 6)
+    prompts = prompts_of(*[20] * 8)
+    for prompt in prompts:
+        llm.engine.add_request(int(next(llm.engine.request_counter)), prompt, greedy(20, termination_id=-1))
+    at_once = []
+    while llm.engine.has_unfinished_requests():
+        llm.engine.step_modern()
+        at_once.append(llm.context.total_request_count)
+    assert llm.context.evictions == 0 and max(at_once) > 1
+    everything_returned(llm)
+
+
+@pytest.fixture
+def restless(monkeypatch):
+    """Requests give way now and then for no reason."""
+    make_room = DMCInferenceContext._make_room
+
+    def evict(context, mask):
+        chosen, chunk = make_room(context, mask), context.chunked_prefill_request_id
+        ids = context.request_ids[: context.total_request_count].tolist()
+        others = [i for i, stays in enumerate(mask.tolist()) if stays and i not in chosen and ids[i] != chunk]
+        if len(others) > 1 and random.random() < 0.2:
+            chosen.append(random.choice(others))
+            context.evictions += 1
+        return chosen
+
+    monkeypatch.setattr(DMCInferenceContext, "_make_room", evict)
+
+
+def test_text_and_stop_words(fresh_seed, restless):
+    """Also where a request gave way inside of a stop word."""
+    model = model_of()
+    random.seed(fresh_seed)
+    prompts = prompts_of(25, 26, 27, 28, 24, 23)
+    free = [without_cache(model, prompt, 20) for prompt in prompts]
+    words = [free[i][n : n + 3] for i, n in enumerate((5, 9, 11, 6, 8, 10))]
+    words = [word for word in words if len(word) == 3]
+    expected = [without_cache(model, prompt, 20, words) for prompt in prompts]
+    text = Letters().detokenize
+    llm = serve(model, max_requests=6)
+    params = greedy(20, stop_words=[text(word) for word in words], detokenize_stop_sequence=True)
+    results = llm.generate([text(prompt) for prompt in prompts], params)
+    assert [list(r.generated_tokens) for r in results] == expected
+    assert llm.context.evictions > 0
+    everything_returned(llm)
+    without = llm.generate(prompts, greedy(20, stop_words=params.stop_words))
+    for result, tokens in zip(without, expected, strict=True):
+        kept = tokens[:-3] if any(tokens[-3:] == word for word in words) else tokens
+        assert list(result.generated_tokens) == kept
+
+
+def test_arrivals_cancellations_and_evictions(fresh_seed, careless):
+    """A thousand requests at random; each is answered once, and every page comes back."""
+    chance = random.Random(fresh_seed)
+    model = model_of(num_layers=1, hidden_size=16, ffn_hidden_size=16)
+    llm = serve(model, 6, max_requests=8, max_step_tokens=32)
+    engine, answered, futures = llm.engine, [], {}
+    arrived = 0
+    while arrived < 1000 or engine.has_unfinished_requests():
+        for _ in range(chance.choice([0, 0, 1, 2, 5]) if arrived < 1000 else 0):
+            (prompt,) = prompts_of(chance.choice([1, 2, 7, 20, 45]))
+            if chance.random() < 0.05:
+                prompt = chance.choice([[], [VOCABULARY], prompt + prompts_of(60)[0]])
+            futures[arrived] = engine.add_request(arrived, prompt, greedy(chance.randint(1, 9)))
+            futures[arrived].add_done_callback(lambda f: answered.append(f.result().request_id))
+            arrived += 1
+        if chance.random() < 0.3 and engine.requests:
+            engine.cancel(chance.choice(list(engine.requests)))
+        if engine.has_unfinished_requests():
+            engine.step_modern()
+    engine._forget_failed()
+    engine._loop.run_until_complete(_nothing())
+    assert llm.context.evictions > 0
+    assert sorted(answered) == list(range(arrived))
+    everything_returned(llm)
+
+
+async def _nothing():
+    pass
+
+
+def test_sampling_is_reproducible_and_probabilities_are_the_models(fresh_seed):
+    model = model_of()
+    (prompt,) = prompts_of(12)
+    params = greedy(6, top_k=0, top_p=0.9, temperature=1.3, return_log_probs=True, top_n_logprobs=3)
+    runs = []
+    for seed in (1, 1, 2):
+        llm = serve(model, prompt_log_probs=True, seed=seed)
+        runs.append(llm.generate([prompt] * 3, params))
+    tokens = [[list(r.generated_tokens) for r in run] for run in runs]
+    assert tokens[0] == tokens[1] != tokens[2]
+    request = runs[0][0]
+    whole = prompt + list(request.generated_tokens)
+    with torch.no_grad():
+        positions = torch.arange(len(whole), device="cuda")[None]
+        logits = model(torch.tensor([whole], device="cuda"), positions, None, runtime_gather_output=True)[0].float()
+    logits[:, VOCABULARY:] = -math.inf
+    expected = logits.log_softmax(-1)[torch.arange(len(whole) - 1), whole[1:]]
+    found = torch.tensor(request.prompt_log_probs + request.generated_log_probs, device=expected.device)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert len(request.generated_top_n_logprobs) == len(request.generated_tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "changes", "message"),
+    [
+        ([], {}, "no tokens"),
+        ([1, 60], {}, "token 60 does not exist: the vocabulary has 60"),
+        ([1, -1], {}, "token -1 does not exist"),
+        ([1, "2"], {}, "it holds '2'"),
+        ([1] * 60, {}, "leave no room for an answer"),
+        ([1], dict(top_k=0, temperature=0.0), "temperature must be above 0"),
+        ([1], dict(top_k=0, temperature=math.nan), "temperature must be above 0"),
+        ([1], dict(top_k=60), "top_k must be 0"),
+        ([1], dict(top_k=-1), "top_k must be 0"),
+        ([1], dict(top_k=0, top_p=1.5), "top_p must be between"),
+        ([1], dict(top_k=3, top_p=0.5), "either top_k or top_p"),
+        ([1], dict(num_tokens_to_generate=-3), "num_tokens_to_generate must be"),
+        ([1, 2], dict(num_tokens_to_generate=None, num_tokens_total=1), "the prompt alone has 2"),
+        ([1], dict(num_tokens_total=20), "either num_tokens_to_generate or num_tokens_total"),
+        ([1], dict(top_n_logprobs=2), "needs return_log_probs"),
+        ([1], dict(return_log_probs=True), "materialize_only_last_token_logits"),
+        ([1], dict(stop_words=["a", ""]), "a stop word is empty"),
+        ([1] * 20, dict(num_tokens_to_generate=35), "enough for 48 tokens"),
+    ],
+)
+def test_a_request_that_cannot_be_served_fails_alone(prompt, changes, message):
+    model = model_of()
+    expected = without_cache(model, [3, 4], 4)
+    llm = serve(model, 3)
+    failed, served = llm.engine.generate([prompt], greedy(4, **changes)) + llm.engine.generate([[3, 4]], greedy(4))
+    assert failed[0].failed() and message in reason(failed[0])
+    assert list(served[0].generated_tokens) == expected
+    everything_returned(llm)
+
+
+def test_prompts_longer_than_a_step_need_chunks():
+    llm = serve(model_of(), enable_chunked_prefill=False)
+    (record,) = llm.engine.generate([[1] * 17], greedy(2))
+    assert record[0].failed() and "enable_chunked_prefill is off" in reason(record[0])
+
+
+def test_settings_without_a_counterpart_are_refused():
+    from megatron.core.inference.config import AsyncScheduleMode, KVCacheManagementMode
+
+    model = model_of()
+    for name, value in dict(
+        enable_prefix_caching=True,
+        num_speculative_tokens=1,
+        unified_memory_level=1,
+        kv_cache_management_mode=KVCacheManagementMode.OFFLOAD,
+        async_sched_mode=AsyncScheduleMode.ASYNC,
+    ).items():
+        with pytest.raises(DMCError, match=f"cannot serve with {name}"):
+            serve(model, **{name: value})
+    with pytest.raises(DMCError, match="too little"):
+        serve(model, cache_gib=1e-6)
+
+
+def test_slots_leave_room_for_pages(monkeypatch):
+    """Without `max_requests`, open segments and tables take at most a quarter of the memory."""
+    llm = serve(model_of(), cache_gib=0.004, max_requests=None, max_step_tokens=512)
+    shape = llm.context.cache.shape
+    assert 4 <= shape.slots < 256 and shape.slots % 4 == 0
+    assert shape.fixed_bytes(torch.float32) <= 0.3 * 0.004 * 2**30
+
+
+def test_usage_counts_pages(fresh_seed):
+    """What a cache says of its slots, against its tables."""
+    from megatron_dmc.cache import CacheShape
+
+    cache = PagedCache(
+        CacheShape(2, 3, 2, 2, 8, 40, 4), 60, dtype=torch.float32, device=torch.empty(0, device="cuda").device
+    )
+    step = cache.begin(torch.tensor([2, 0], device="cuda"), 8)
+    step.lengths.copy_(torch.randint(1, 9, step.lengths.shape))
+    cache.commit(step)
+    step = cache.begin(torch.tensor([2], device="cuda"), 8)
+    step.lengths.fill_(16)
+    cache.commit(step)
+    held, needs = cache.usage()
+    assert held.tolist() == (cache.table[:, :3] >= 0).sum((0, 2, 3)).tolist()
+    assert needs.tolist() == [0, 0, 4] and cache.free_pages == 60 - held.sum()
