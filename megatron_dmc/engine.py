@@ -13,7 +13,8 @@ coordinator. Its context and its engine rest on assumptions that a compressed ca
   are computed again (Megatron's eviction), before a step that might not find its pages; so none ever does. The oldest
   request always stays, and none is taken that the pool could not hold alone: every request ends.
 - *A prompt whose chunks are under way cannot be evicted* (`DMCInferenceEngine.schedule_waiting_requests`).
-- *An evicted request begins anew*, and Megatron forgets its stop words (`DMCInferenceEngine.post_process_requests`).
+- *An evicted request begins anew*, and Megatron forgets its stop words (`DMCInferenceEngine.post_process_requests`,
+  `_check_stop_words_for_request_post_append`, `_get_and_clear_stop_word_finished_ids`).
 - *CUDA graphs are captured layer by layer, with keys and values at fixed addresses.* `DMCController` captures a whole
   step of decoding, one graph for each size of batch that Megatron's context names.
 - *Logits cover the padded vocabulary.* Tokens that do not exist are never sampled (`DMCController`).
@@ -556,6 +557,11 @@ class DMCInferenceEngine(DynamicInferenceEngine):
             *_, before, request = self.requests[request_id].record.requests
             request.stop_word_ids = before.stop_word_ids
         return result
+
+    def _get_and_clear_stop_word_finished_ids(self, active_request_ids: list[int]) -> set[int]:
+        """As Megatron's, but for a request that gave way just then: its chunks have to enter before it can end."""
+        chunk = self.context.chunked_prefill_request_id
+        return super()._get_and_clear_stop_word_finished_ids([i for i in active_request_ids if i != chunk])
 
     def _check_stop_words_for_request_post_append(self, request: DynamicInferenceRequest) -> tuple[bool, int]:
         """As Megatron's; a stop word may have begun before the request gave way."""

@@ -20,7 +20,7 @@ VOCABULARY, END = 60, 7
 class Letters:
     """A tokenizer of 60 characters."""
 
-    vocab_size, eod, bos = VOCABULARY, END, 0
+    vocab_size, eod, bos = VOCABULARY, END, None
 
     def tokenize(self, text):
         return [ord(c) - 48 for c in text]
