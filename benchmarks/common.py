@@ -8,8 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron_dmc.cache import PagedCache
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -139,3 +143,31 @@ def rotary_angles(tokens: int, channels: int, device: str) -> torch.Tensor:
     """`[tokens, channels / 2]`, by position."""
     frequencies = 500000.0 ** (-torch.arange(0, channels, 2, device=device) / channels)
     return torch.arange(tokens, device=device)[:, None] * frequencies
+
+
+def fill_cache(cache: PagedCache, entries: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Random numbers in the first slots, of sequences of so many `entries` `[layers, b, kv_heads]` and `tokens` `[b]`.
+
+    Pages lie in random order; those that the entries leave are free.
+
+    Raises:
+        RuntimeError: if there are too few.
+    """
+    sequences, device = entries.shape[1], cache.pages.device
+    held = (-(-entries // cache.shape.page_entries)).flatten()
+    pages = torch.randperm(len(cache.pages)).int()
+    spare = len(pages) - int(held.sum())
+    if spare < 0:
+        raise RuntimeError(f"{int(held.sum())} pages to fill, and the cache has {len(pages)}")
+    in_use = torch.arange(cache.shape.max_pages) < held[:, None]
+    rows = torch.full(in_use.shape, -1, dtype=torch.int32)
+    rows[in_use] = pages[spare:]
+    cache.table[:, :sequences] = rows.view(*entries.shape, -1).to(device)
+    cache.lengths[:, :sequences] = entries.int().to(device)
+    cache.tokens[:sequences] = tokens.to(device)
+    cache._free[:spare] = pages[:spare].to(device)
+    cache._free_count.fill_(spare)
+    for part in cache.pages.split(1 << 14):
+        part.copy_(torch.randn(part.shape, device=device, dtype=torch.bfloat16))
+    if cache.scales is not None:
+        cache.scales.uniform_(0.5, 1.5)

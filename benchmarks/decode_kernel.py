@@ -39,6 +39,7 @@ from benchmarks.common import (
     circumstances,
     copy_bandwidth,
     decisions,
+    fill_cache,
     milliseconds,
     projection,
     rotary_angles,
@@ -101,20 +102,7 @@ def filled_cache(
     spare = held.numel() * -(-room // size)
     cache = PagedCache(cache_shape, int(held.sum()) + spare, dtype=torch.bfloat16, device=DEVICE)
 
-    pages = torch.randperm(len(cache.pages)).int()
-    in_use = torch.arange(cache_shape.max_pages) < held[:, None]
-    rows = torch.full(in_use.shape, -1, dtype=torch.int32)
-    rows[in_use] = pages[spare:]
-    cache.table[:, :sequences] = rows.view(layers, sequences, kv_heads, -1).to(DEVICE)
-    cache.lengths[:, :sequences] = entries.int().to(DEVICE)
-    cache.tokens[:sequences] = tokens.to(DEVICE)
-    cache._free[:spare] = pages[:spare].to(DEVICE)
-    cache._free_count.fill_(spare)
-
-    for part in cache.pages.split(1 << 14):
-        part.copy_(torch.randn(part.shape, device=DEVICE, dtype=torch.bfloat16))
-    if cache.scales is not None:
-        cache.scales.uniform_(0.5, 1.5)
+    fill_cache(cache, entries, tokens)
     cache.recent.normal_()
     cache.recent[..., 0, -1] = decisions(cache.recent_weights.shape, merging, OFFSET, DEVICE).bfloat16()
     cache.recent_weights.uniform_(0.5, 1.0)

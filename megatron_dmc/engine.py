@@ -15,8 +15,8 @@ coordinator. Its context and its engine rest on assumptions that a compressed ca
 - *A prompt whose chunks are under way cannot be evicted* (`DMCInferenceEngine.schedule_waiting_requests`).
 - *An evicted request begins anew*, and Megatron forgets its stop words (`DMCInferenceEngine.post_process_requests`,
   `_check_stop_words_for_request_post_append`, `_get_and_clear_stop_word_finished_ids`).
-- *CUDA graphs are captured layer by layer, with keys and values at fixed addresses.* `DMCController` captures a whole
-  step of decoding, one graph for each size of batch that Megatron's context names.
+- *CUDA graphs are captured layer by layer, with keys and values at fixed addresses.* `WholeStepController` captures a
+  whole step of decoding, one graph for each size of batch that Megatron's context names.
 - *Logits cover the padded vocabulary.* Tokens that do not exist are never sampled (`DMCController`).
 - *Requests are sound.* An empty prompt, a token that does not exist, or sampling parameters that contradict each other
   would end Megatron's engine; here the request fails with a message (`DMCInferenceEngine.add_request`).
@@ -349,49 +349,37 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         )
 
 
-class DMCController(TextGenerationController):
-    """Megatron's controller, whose steps begin and end in the paged cache."""
+class WholeStepController(TextGenerationController):
+    """Megatron's controller; a step of decoding is one CUDA graph, for each size of batch that the context names.
+
+    Attributes:
+        captures: whether it is. Not on the CPU, nor with pipeline stages, which wait for each other.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        context = self.inference_wrapped_model.inference_context
-        probe = torch.empty(
-            0, 1, context.cache.shape.channels, dtype=context.cache.dtype, device=context.cache.tokens.device
-        )
-        kernels = {
-            layer.core_attention.paged_kernel(probe, context.cache) for layer in dmc_layers([self._unwrapped_model])
-        }
-        self.captures = kernels == {"fused"} and not self.model_is_pipeline_parallel
-        """Whether steps of decoding become CUDA graphs: not on the CPU, nor with stages, which wait for each other."""
+        self.captures = torch.version.cuda is not None and next(self._unwrapped_model.parameters()).is_cuda
+        self.captures &= not self.model_is_pipeline_parallel
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.captures else None
 
     def _dynamic_step_forward_logits(self, input_ids: Tensor, position_ids: Tensor) -> None:
         context = self.inference_wrapped_model.inference_context
         with torch.inference_mode():
-            if self.captures and context.using_cuda_graph_this_step():
-                size = input_ids.shape[1]
-                if size not in self._graphs:
-                    self._graphs[size] = self._capture(input_ids, position_ids)
-                graph, self._all_logits_cuda = self._graphs[size]
-                graph.replay()
-            else:
+            if not (self.captures and context.using_cuda_graph_this_step()):
                 self._run_step(input_ids, position_ids)
-            context.send_report()
+                return
+            size = input_ids.shape[1]
+            if size not in self._graphs:
+                self._graphs[size] = self._capture(input_ids, position_ids)
+            graph, self._all_logits_cuda = self._graphs[size]
+            graph.replay()
 
     def _run_step(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        context = self.inference_wrapped_model.inference_context
-        context.begin_step()
         super()._dynamic_step_forward_logits(input_ids, position_ids)
-        context.end_step()
-        self._all_logits_cuda[..., self.tokenizer.vocab_size :] = -math.inf
 
     def _capture(self, input_ids: Tensor, position_ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A step of decoding as a graph. It runs once before, on empty places, for what is set up when first used."""
-        context = self.inference_wrapped_model.inference_context
-        table = context.gpu_view.mha_block_table
-        running = table.clone()
-        table.fill_(-1)
+        """A step of decoding as a graph. It runs once before, for what is set up when first used."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -400,8 +388,38 @@ class DMCController(TextGenerationController):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._graph_memory):
             self._run_step(input_ids, position_ids)
-        table.copy_(running)
         return graph, self._all_logits_cuda
+
+
+class DMCController(WholeStepController):
+    """The same over the paged cache, where steps begin and end."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        cache = self.inference_wrapped_model.inference_context.cache
+        probe = torch.empty(0, 1, cache.shape.channels, dtype=cache.dtype, device=cache.tokens.device)
+        layers = dmc_layers([self._unwrapped_model])
+        # The reference waits for the device.
+        self.captures &= {layer.core_attention.paged_kernel(probe, cache) for layer in layers} == {"fused"}
+
+    def _dynamic_step_forward_logits(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        super()._dynamic_step_forward_logits(input_ids, position_ids)
+        self.inference_wrapped_model.inference_context.send_report()
+
+    def _run_step(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        context = self.inference_wrapped_model.inference_context
+        context.begin_step()
+        super()._run_step(input_ids, position_ids)
+        context.end_step()
+        self._all_logits_cuda[..., self.tokenizer.vocab_size :] = -math.inf
+
+    def _capture(self, input_ids: Tensor, position_ids: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        table = self.inference_wrapped_model.inference_context.gpu_view.mha_block_table
+        running = table.clone()
+        table.fill_(-1)  # what runs before the graph takes no pages
+        captured = super()._capture(input_ids, position_ids)
+        table.copy_(running)
+        return captured
 
 
 class DMCInferenceEngine(DynamicInferenceEngine):
