@@ -151,7 +151,7 @@ def flashinfer_attention(context: Any, shape: Shape) -> Callable:
         if decoding and q.is_cuda:
             if self.layer_number == 1 and "wrapper" in state:  # the lengths of this step
                 state["wrapper"]._paged_kv_last_page_len_buf.copy_((lengths - 1) % BLOCK + 1)
-            return state["wrapper"].run(q.view(-1, shape.heads, channels), (k, v))[:, None, None]
+            return state["wrapper"].run(q.view(-1, shape.heads, channels), (k, v))[:, None]
         outputs, at = [], 0
         cumulated = arguments[2].tolist()
         for i, length in enumerate(lengths.tolist()):
@@ -171,7 +171,7 @@ def flashinfer_attention(context: Any, shape: Shape) -> Callable:
         output = torch.cat(outputs)
         pad = q.view(-1, shape.heads, channels).shape[0] - len(output)
         output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, pad))
-        return output[:, None, None] if decoding else output[:, None]
+        return output[:, None]
 
     attend.plan = lambda: state.update(wrapper=plan())
     return attend
