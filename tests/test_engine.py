@@ -50,7 +50,8 @@ def serve(model, pages=None, **settings):
 
     settings = dict(max_requests=4, max_step_tokens=16, max_sequence_length=60) | settings
     if pages is not None:
-        shape = cache_shape(model, slots=settings["max_requests"], max_tokens=settings["max_sequence_length"])
+        sizes = dict(slots=settings["max_requests"], max_tokens=settings["max_sequence_length"])
+        shape = cache_shape(model, **sizes, fp8=settings.get("cache_fp8", False))
         dtype = next(model.parameters()).dtype
         taken = pages * shape.layers * shape.kv_heads * (shape.page_bytes(dtype) + 4)
         settings["cache_gib"] = (shape.fixed_bytes(dtype) + taken + 1) / 2**30
@@ -306,3 +307,20 @@ def test_usage_counts_pages(fresh_seed):
     held, needs = cache.usage()
     assert held.tolist() == (cache.table[:, :3] >= 0).sum((0, 2, 3)).tolist()
     assert needs.tolist() == [0, 0, 4] and cache.free_pages == 60 - held.sum()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_graphs_and_kernels(fresh_seed, fp8, careless):
+    """On kernels, steps as CUDA graphs give the tokens of steps without; nothing is lost of either."""
+    model = model_of(1.0, hidden_size=256, ffn_hidden_size=256, params_dtype=torch.bfloat16).bfloat16()
+    prompts = prompts_of(3, 20, 1, 9, 30, 2, 2, 40, 17, 16, 33, 5)
+    found = []
+    for captures in (True, False):
+        llm = serve(model, 4, cuda_graphs=4, cache_fp8=fp8)
+        assert llm.controller.captures and len(llm.controller._graphs) == len(llm.context.cuda_graph_token_counts) > 1
+        llm.controller.captures = captures
+        found.append([list(r.generated_tokens) for r in llm.generate(prompts, greedy(18))])
+        assert llm.context.evictions > 0
+        everything_returned(llm)
+    assert found[0] == found[1]
