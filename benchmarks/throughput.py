@@ -162,9 +162,9 @@ def flashinfer_attention(context: Any, shape: Shape) -> Callable:
             keys, values = (x[held].flatten(0, 1)[:length] for x in (k, v))
             keys, values = (x.repeat_interleave(shape.heads // shape.kv_heads, 1) for x in (keys, values))
             query = q.view(-1, shape.heads, channels)[at : at + count]
-            mask = causal_lower_right(count, length)
+            mask = dict(is_causal=True) if count == length else dict(attn_mask=causal_lower_right(count, length))
             found = torch.nn.functional.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (query, keys, values)), attn_mask=mask
+                *(x.transpose(0, 1)[None] for x in (query, keys, values)), **mask
             )
             outputs.append(found[0].transpose(0, 1))
             at += count
