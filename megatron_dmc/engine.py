@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,8 @@ class PageAccount:
         promised: pages that the chunks of the coming step may take.
         expected: by slot, how many tokens the request there will have seen at its end, at most.
         rate: pages for a token, as measured.
-        released_tokens, released_entries: `tokens` and `entries` of all that has been given back.
+        ended, ended_tokens, ended_entries: how many requests have ended, their `tokens` and `entries` together; not
+            those that gave way.
     """
 
     free: float
@@ -77,8 +78,9 @@ class PageAccount:
     rate: float
     promised: float = 0.0
     expected: dict[int, int] = dataclasses.field(default_factory=dict)
-    released_tokens: float = 0.0
-    released_entries: float = 0.0
+    ended: int = 0
+    ended_tokens: float = 0.0
+    ended_entries: float = 0.0
 
     @classmethod
     def empty(cls, pages: float, slots: int, page_entries: int) -> PageAccount:
@@ -93,19 +95,22 @@ class PageAccount:
         if total := sum(self.tokens):
             self.rate = sum(self.held) / total
 
-    def release(self, slots: Sequence[int]) -> None:
+    def release(self, slots: Sequence[int], gave_way: Container[int]) -> None:
+        """What the requests in `slots` hold is free again; some of them gave way, the others have ended."""
         for slot in slots:
             self.free += self.held[slot]
-            self.released_tokens += self.tokens[slot]
-            self.released_entries += self.entries[slot]
+            if slot not in gave_way:
+                self.ended += 1
+                self.ended_tokens += self.tokens[slot]
+                self.ended_entries += self.entries[slot]
             self.held[slot] = self.needs[slot] = self.tokens[slot] = self.entries[slot] = 0.0
             self.expected.pop(slot, None)
 
     @property
     def ratio(self) -> float:
-        """Tokens per entry of all that there is and was; NaN before there was any."""
-        entries = self.released_entries + sum(self.entries)
-        return (self.released_tokens + sum(self.tokens)) / entries if entries else math.nan
+        """Tokens per entry of all that is running or has ended; NaN before there was any."""
+        entries = self.ended_entries + sum(self.entries)
+        return (self.ended_tokens + sum(self.tokens)) / entries if entries else math.nan
 
     @property
     def available(self) -> float:
@@ -275,7 +280,7 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         slots = slots[slots >= 0].long()
         super().release_memory_blocks_from_request_indexes(request_indexes)
         if len(slots):
-            self.account.release(slots.tolist())
+            self.account.release(slots.tolist(), self._giving_way)
             self.cache.release(self.cache._on_device(slots.tolist()))
 
     def update_requests(
@@ -287,6 +292,7 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         evicted = self._make_room(mask)
         mask[evicted] = 0  # released like those that have ended; the engine makes them wait
         evicted_ids = self.request_ids[self.paused_request_count :][evicted].clone()
+        self._giving_way = self.request_to_kv_block_ids[self.paused_request_count :, 0][evicted].tolist()
         result = super().update_requests(mask, new_tokens, new_speculative_tokens)
         if evicted:
             result = {"newly_paused_request_ids": None, **(result or {}), "evict_request_ids": evicted_ids}
@@ -321,6 +327,7 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
     def drop_chunk(self) -> None:
         """Give back what the prompt holds whose chunks are under way; it will enter from its beginning."""
         row = self.get_index_of_chunked_prefill_request(safe=False)
+        self._giving_way = [int(self.request_to_kv_block_ids[row, 0])]
         self.release_memory_blocks_from_request_indexes(torch.tensor([row]))
         self.request_ids[row] = -1
         self.chunked_prefill_request_id = -1
@@ -335,6 +342,7 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         self.step = None
         self.chunk_gives_way = False
         self.evictions = 0
+        self._giving_way: list[int] = []
 
     def get_kvcache_utilization_stats(self) -> dict:
         """Megatron's, with pages for blocks."""
@@ -527,7 +535,7 @@ class DMCInferenceEngine(DynamicInferenceEngine):
         futures = [self.add_request(int(next(self.request_counter)), prompt, sampling_params) for prompt in prompts]
         while self.has_unfinished_requests():
             self.step_modern()
-        self._forget_failed()
+        self.forget_failed()
         return [future.result() for future in futures]
 
     def cancel(self, request_id: int) -> bool:
@@ -549,10 +557,10 @@ class DMCInferenceEngine(DynamicInferenceEngine):
         )
         self._handle_failed_request(request_id)
         if not self.has_unfinished_requests():
-            self._forget_failed()
+            self.forget_failed()
         return True
 
-    def _forget_failed(self) -> None:
+    def forget_failed(self) -> None:
         """Their records have been answered; Megatron forgets them with the next step, if there is one."""
         for request_id in self.failed_request_ids:
             self.requests.pop(request_id)

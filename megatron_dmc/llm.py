@@ -11,9 +11,11 @@ from unittest import mock
 import torch
 from megatron.core.inference.apis import MegatronAsyncLLM, MegatronLLM, _llm_base
 from megatron.core.inference.config import InferenceConfig
+from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_dmc.checkpoint import LoadedModel, load
 from megatron_dmc.config import DMCError
+from megatron_dmc.context import cache_shape
 from megatron_dmc.engine import DMCController, DMCInferenceContext, DMCInferenceEngine
 
 
@@ -56,6 +58,21 @@ def inference_config(
             **settings,
         }
     )
+
+
+def cache_gib(model: Any, sequences: list[int], *, requests: int, fp8: bool = False) -> float:
+    """GiB of a cache in which so many requests at once of `sequences` (their lengths) fit even if nothing merges."""
+    shape = cache_shape(model, slots=requests, max_tokens=max(sequences), fp8=fp8)
+    dtype = next(model.parameters()).dtype
+    longest = sorted((-(-tokens // shape.page_entries) for tokens in sequences), reverse=True)[:requests]
+    pages = sum(longest) * shape.layers * shape.kv_heads
+    return (shape.fixed_bytes(dtype) + pages * (shape.page_bytes(dtype) + 4) + 1) / 2**30
+
+
+def failure(request: Any) -> str:
+    """Why a request failed."""
+    errors = [event.payload for event in request.events if event.type.name.startswith("ERROR")]
+    return str(getattr(errors[-1], "message", errors[-1])) if errors else "no reason is known"
 
 
 @contextlib.contextmanager
@@ -143,6 +160,43 @@ class LLM(_FromCheckpoint, MegatronLLM):
 
     def __init__(self, checkpoint: str | Path | LoadedModel, *, use_coordinator: bool = False, **settings: Any) -> None:
         super().__init__(checkpoint, use_coordinator=use_coordinator, **settings)
+
+    def stream(
+        self, prompts: list[str] | list[list[int]], sampling_params: SamplingParams | None = None
+    ) -> Iterator[tuple[int, list[int], bool]]:
+        """Generate, and yield what each step brought: `(prompt's index, its next tokens, whether it has ended)`.
+
+        Tokens that may turn out to belong to a stop word come once that is settled. Without the coordinator only.
+
+        Raises:
+            DMCError: if one of the prompts cannot be served; then none is.
+        """
+        engine = self.engine
+        ids = [int(next(engine.request_counter)) for _ in prompts]
+        try:
+            futures = [engine.add_request(i, p, sampling_params) for i, p in zip(ids, prompts, strict=True)]
+            for index, future in enumerate(futures):
+                if future.done():
+                    raise DMCError(f"prompt {index} cannot be served: {failure(future.result()[-1])}")
+            given, running = [0] * len(ids), set(range(len(ids)))
+            while running:
+                engine.step_modern()
+                for index in sorted(running):
+                    ended = futures[index].done()
+                    record = futures[index].result() if ended else engine.requests[ids[index]].record
+                    tokens = [t for piece in record.requests for t in piece.generated_tokens]
+                    words = record[-1].stop_word_ids
+                    settled = len(tokens) - (max(map(len, words)) if words and not ended else 0)
+                    if settled > given[index] or ended:
+                        yield index, tokens[given[index] : settled], ended
+                        given[index] = max(settled, given[index])
+                    running -= {index} if ended else set()
+        finally:  # nobody waits for what is left
+            for request_id in ids:
+                engine.cancel(request_id)
+            while engine.has_unfinished_requests():
+                engine.step_modern()
+            engine.forget_failed()
 
 
 class AsyncLLM(_FromCheckpoint, MegatronAsyncLLM):

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 
 import pytest
 import torch
@@ -40,3 +41,11 @@ def megatron():
 
     emulate_cuda()
     _start_one_process()
+
+
+@pytest.fixture(autouse=True)
+def outside_of_inference():
+    """Megatron's engine leaves a process-wide flag set, which models outside of it mind."""
+    yield
+    if (utils := sys.modules.get("megatron.core.inference.utils")) is not None:
+        utils.InferenceMode.unset_active()

@@ -1,7 +1,7 @@
 """Generation by a model in two processes, and in one: torchrun runs this script, a test imports it.
 
-What an inference engine does on every rank: `Generation` over a context that knows the process groups; with pipeline
-stages, each receives hidden states and passes its own on, and the last shares its logits. In float64, so that another
+Steps driven by hand over a context that knows the process groups, and Megatron's engine. With pipeline stages, each
+receives hidden states and passes its own on, and the last shares its logits. In float64, so that another
 order of summation changes no decision and no token.
 """
 
@@ -10,20 +10,19 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from test_generation import gathered, loaded
+from test_engine import greedy, serve
 from test_layer import config, gpt
 
-from megatron_dmc import generation as module
 from megatron_dmc.cache import PagedCache
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.context import PagedContext, cache_shape
-from megatron_dmc.generation import Generation, Sampling
+from megatron_dmc.engine import PageAccount
 
 LAYOUTS = dict(TP=dict(tensor_model_parallel_size=2), PP=dict(pipeline_model_parallel_size=2))
 WINDOWS = (12, 0)
 PROMPTS, NEW = (20, 31, 7, 24), 12  # their tokens, and those that follow each
 CHUNK = 16  # tokens of prompts at once: prompts come in pieces
-SCARCE = 12  # pages: enough for any one sequence in the four caches of a rank, whatever it merges, not for all
+SCARCE = 3  # pages for each head: enough for any one sequence, whatever it merges, not for all
 STEPS = 4  # of decoding, after the first tokens
 
 
@@ -90,26 +89,26 @@ class Recorded(PagedContext):
         self.notes.append((when, "chunks" if step.chunk_lengths else "decoding", bool(step.ok), bool(self.cache.dry)))
 
 
-class SplitGeneration(Generation):
-    """`Generation` itself runs in one process and names no groups."""
+def generate(model, prompts, new=NEW, **options):
+    """The text through the engine, and what is left of the cache."""
+    llm = serve(model, max_requests=4, max_step_tokens=CHUNK, **options)
+    context = llm.context
+    if context.cache.shape.window:
+        context.cache.recent_weights = context.cache.recent_weights.double()  # in float32 it takes none in float64
+    begin = context.begin_step
 
-    def _make_context(self, *arguments):
-        return Recorded(self._loaded.model, super()._make_context(*arguments).cache)
+    def in_float64():
+        begin()
+        if context.step.last_weights is not None:
+            context.step.last_weights = context.step.last_weights.double()
 
-
-def generate(stage, prompts, new=NEW, scarce=False, **options):
-    """The text, and what is left of the cache."""
-    generation = SplitGeneration(loaded(stage, eod=-1), prompts, new, **options)
-    free = generation._cache._free_count
-    hidden = int(free) - SCARCE if scarce else 0
-    free -= hidden
-    text = gathered(generation, len(prompts))
-    free += hidden
-    report, statistics = generation.report, generation._cache.statistics()
+    context.begin_step = in_float64
+    results = llm.generate(prompts, greedy(new, termination_id=-1))
+    statistics = context.cache.statistics()
     return dict(
-        text=text, tokens=report.tokens, entries=report.entries, notes=generation._context.notes,
-        lost=statistics.pages - statistics.pages_free,
-        left=int(statistics.entries.sum() + statistics.tokens.sum() + generation._cache.dry),
+        text=[list(r.generated_tokens) for r in results], tokens=context.account.ended_tokens, notes=context.evictions,
+        entries=context.account.ended_entries, lost=statistics.pages - statistics.pages_free,
+        left=int(statistics.entries.sum() + statistics.tokens.sum() + context.cache.dry),
     )  # fmt: skip
 
 
@@ -160,12 +159,15 @@ def steps(stage, tokens, dry=None):
 
 @torch.no_grad()
 def scenarios(model, prompts, tokens, ranks=1, rank=0):
-    """All that is compared, by name. On two ranks also what happens when one of them runs out of pages."""
+    """All that is compared, by name. On two ranks also what happens when one of them runs out of pages.
+
+    The engine admits requests whatever those that run still need, so that in the crowded cache some give way.
+    """
+    PageAccount.growth = lambda self, more: 0.0
     stage = Stage(model)
-    found = dict(greedy=generate(stage, prompts), steps=steps(stage, tokens))
-    found["sampled"] = generate(stage, prompts, 6, sampling=Sampling(1.0, top_p=0.9, seed=1), slots=2)
+    found = dict(steps=steps(stage, tokens), greedy=generate(model, prompts))
+    found["crowded"] = generate(model, prompts, pages=SCARCE)
     for dry in range(ranks) if ranks > 1 else ():
-        found[f"greedy, rank {dry} dry"] = generate(stage, prompts, scarce=rank == dry)
         found[f"steps, rank {dry} dry"] = steps(stage, tokens, rank == dry)
     return found
 
@@ -175,7 +177,6 @@ def main(folder):
 
     from megatron_dmc.cpu import emulate_cuda
 
-    module.MAX_CHUNK = CHUNK
     emulate_cuda()
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=60))  # for ranks that do not agree
     rank, given = torch.distributed.get_rank(), torch.load(folder / "given.pt")

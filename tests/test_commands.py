@@ -232,8 +232,9 @@ def test_a_model_trained_in_another_layout_opens_in_one_process(tmp_path):
     code = (
         "import sys; from megatron_dmc.cpu import emulate_cuda; emulate_cuda(); "
         "from megatron_dmc.checkpoint import load; "
-        "from megatron_dmc.generation import Generation; g = Generation(load(sys.argv[1]), [[1, 2, 3]], 5); "
-        "print('tokens', list(g), g.report)"
+        "from megatron_dmc.llm import LLM, SamplingParams; llm = LLM(load(sys.argv[1]), cache_gib=0.01); "
+        "(r,) = llm.generate([[1, 2, 3]], SamplingParams(top_k=1, num_tokens_to_generate=5, termination_id=-1)); "
+        "print('tokens', len(r.generated_tokens), llm.context.account.ended_tokens)"
     )
     run = python("-c", code, tmp_path / "tp2")
-    assert run.code == 0 and "CacheReport(sequences=1, tokens=7, heads=8" in run.output, run.output[-3000:]
+    assert run.code == 0 and "tokens 5 7.0" in run.output, run.output[-3000:]

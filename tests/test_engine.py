@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_layer import config, gpt
+from test_layer import POSITIONS, YARN, config, gpt
 
 from megatron_dmc.cache import PagedCache
 from megatron_dmc.checkpoint import LoadedModel
@@ -27,15 +27,6 @@ class Letters:
 
     def detokenize(self, tokens, **_):
         return "".join(chr(48 + t) for t in tokens)
-
-
-@pytest.fixture(autouse=True)
-def outside_of_inference():
-    """An engine leaves Megatron's process-wide flag set."""
-    from megatron.core.inference.utils import InferenceMode
-
-    yield
-    InferenceMode.unset_active()
 
 
 def model_of(offset=0.1, **changes):
@@ -195,7 +186,7 @@ def test_arrivals_cancellations_and_evictions(fresh_seed, careless):
             engine.cancel(chance.choice(list(engine.requests)))
         if engine.has_unfinished_requests():
             engine.step_modern()
-    engine._forget_failed()
+    engine.forget_failed()
     engine._loop.run_until_complete(_nothing())
     assert llm.context.evictions > 0
     assert sorted(answered) == list(range(arrived))
@@ -308,6 +299,58 @@ def test_usage_counts_pages(fresh_seed):
     held, needs = cache.usage()
     assert held.tolist() == (cache.table[:, :3] >= 0).sum((0, 2, 3)).tolist()
     assert needs.tolist() == [0, 0, 4] and cache.free_pages == 60 - held.sum()
+
+
+@pytest.mark.parametrize("positions", ["yarn", "none", "rope"])
+def test_positions_and_streams(fresh_seed, positions):
+    """However a model embeds positions, and however its tokens are asked for."""
+    cfg = config()
+    if positions == "yarn":
+        vars(cfg).update(YARN)
+    dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_window_size=12 if positions == "rope" else 0)
+    model = gpt(cfg, dmc, **POSITIONS[positions]).eval()
+    prompts = prompts_of(21, 3, 9)
+    expected = [without_cache(model, prompt, 8) for prompt in prompts]
+    llm = serve(model, max_requests=2)
+    found, ended = [[] for _ in prompts], []
+    for index, tokens, last in llm.stream(prompts, greedy(8)):
+        found[index] += tokens
+        ended += [index] if last else []
+    assert found == expected and sorted(ended) == [0, 1, 2]
+    everything_returned(llm)
+    with pytest.raises(DMCError, match="prompt 1 cannot be served: token 60 does not exist"):
+        list(llm.stream([[1], [60]], greedy(8)))
+    everything_returned(llm)
+    steps = llm.stream(prompts, greedy(8))
+    next(steps)
+    steps.close()
+    everything_returned(llm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_fused_kernels_choose_the_models_tokens(fresh_seed, implementation, fp8):
+    """In bfloat16, with chunks, changing batches and CUDA graphs, against a pass over what came out.
+
+    A logit's rounding depends on the batch, and so does a decision at its threshold: a few tokens may differ.
+    """
+    if implementation == "transformer_engine":
+        pytest.importorskip("transformer_engine")
+    model = model_of(transformer_impl=implementation, hidden_size=256, params_dtype=torch.bfloat16, bf16=True)
+    model, prompts = model.to(torch.bfloat16), prompts_of(1, 5, 40, 17, 2, 16)
+    llm = serve(model, cache_fp8=fp8)
+    assert llm.controller.captures, "the kernels do not run"
+    same = []
+    for prompt, result in zip(prompts, llm.generate(prompts, greedy(20, termination_id=-1)), strict=True):
+        tokens = torch.tensor([prompt + list(result.generated_tokens)], device="cuda")
+        positions = torch.arange(tokens.shape[1], device="cuda")[None]
+        with torch.no_grad():
+            logits = model(tokens, positions, None, runtime_gather_output=True)[0, :, :VOCABULARY]
+        same.append(logits[len(prompt) - 1 : -1].argmax(-1) == tokens[0, len(prompt) :])
+    assert torch.cat(same).float().mean() > (0.6 if fp8 else 0.9)
+    assert llm.context.account.ratio > 1
+    everything_returned(llm)
 
 
 @pytest.mark.gpu

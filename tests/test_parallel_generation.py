@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import HAVE_GPU
 from runs import launcher, python
-from split_generate import CHUNK, LAYOUTS, PROMPTS, STEPS, WINDOWS, build, scenarios
-from test_generation import prompts_of
+from split_generate import LAYOUTS, PROMPTS, STEPS, WINDOWS, build, scenarios
+from test_engine import prompts_of
 
-from megatron_dmc import generation
+from megatron_dmc.engine import PageAccount
 
 pytestmark = [
     pytest.mark.usefixtures("megatron"),
@@ -20,7 +20,7 @@ SPLIT = dict(TP=2, PP=0)
 def test_two_ranks_generate_as_one(tmp_path, fresh_seed, monkeypatch):
     from megatron.core import dist_checkpointing
 
-    monkeypatch.setattr(generation, "MAX_CHUNK", CHUNK)
+    monkeypatch.setattr(PageAccount, "growth", PageAccount.growth)  # what the scenarios change comes back
     given = dict(prompts=prompts_of(*PROMPTS), tokens=torch.randint(0, 64, (5, 16)))
     torch.save(given, tmp_path / "given.pt")
     alone = {}
@@ -39,6 +39,8 @@ def test_two_ranks_generate_as_one(tmp_path, fresh_seed, monkeypatch):
             for name in ranks[0][window]:
                 where, found = f"{layout}, window {window}, {name}", [rank[window][name] for rank in ranks]
                 compare(found, alone[window][name.partition(",")[0]], SPLIT[layout], where)
+                if "text" in found[0]:
+                    continue
                 failed = {(when, kind) for when, kind, ok, _ in found[0]["notes"] if not ok}
                 assert bool(failed) == ("dry" in name), where
                 dry_when |= failed
@@ -53,7 +55,7 @@ def compare(found, expected, split, where):
         for rank, x in enumerate(found):
             for name in ("text", "tokens"):
                 assert x[name] == expected[name], f"{where}, rank {rank}: {name}"
-        assert sum(x["entries"] for x in found) == expected["entries"], where
+        assert ("crowded" in where) == (found[0]["notes"] > 0), f"{where}: who gave way"
         return
     for rank, x in enumerate(found):
         error = (x["logits"] - expected["logits"]).abs().max()

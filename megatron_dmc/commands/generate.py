@@ -48,16 +48,26 @@ def main() -> None:
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
     args = parser.parse_args()
 
-    from megatron_dmc.generation import Sampling
-
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    _check(args)
     prompts = _prompts(args)
     emulate_cuda()
     from megatron_dmc.checkpoint import load
 
-    loaded = load(args.checkpoint, tokenizer_model=args.tokenizer_model)
-    options = dict(slots=args.batch_size, cache_gib=args.cache_gib, fp8=args.cache_fp8)
-    _generate(loaded, prompts, args.max_new_tokens, sampling, **options)
+    _generate(load(args.checkpoint, tokenizer_model=args.tokenizer_model), prompts, args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 0 <= args.temperature < float("inf"):
+        raise DMCError(f"temperature must be 0 (greedy) or more; got {args.temperature}")
+    if args.top_k < 0:
+        raise DMCError(f"top_k must be 0 (all tokens) or more; got {args.top_k}")
+    if not 0 <= args.top_p <= 1:
+        raise DMCError(f"top_p must be between 0 (all tokens) and 1; got {args.top_p}")
+    if args.top_k and args.top_p:
+        raise DMCError(f"give either top_k or top_p; got {args.top_k} and {args.top_p}")
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            raise DMCError(f"{name} must be at least 1; got {getattr(args, name)}")
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -75,37 +85,66 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _generate(loaded, prompts: list[str], max_new_tokens: int, sampling, **options) -> None:
+def _generate(loaded, prompts: list[str], args: argparse.Namespace) -> None:
     """Print prompts with what follows, in their order: each as it grows, once those before it have ended."""
-    from megatron_dmc.generation import Generation
+    import torch
+    from megatron.core.inference.sampling_params import SamplingParams
 
-    tokens = [loaded.tokenizer.tokenize(prompt) for prompt in prompts]
-    generation = Generation(loaded, tokens, max_new_tokens, sampling, **options)
+    from megatron_dmc.llm import LLM, cache_gib
+
+    tokenizer = loaded.tokenizer
+    tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
+    if not all(tokens):
+        raise DMCError("the prompt has no tokens")
+    lengths = [len(t) + args.max_new_tokens for t in tokens]
+    requests = min(args.batch_size, len(prompts))
+    gib = args.cache_gib
+    if gib is None:
+        gib = cache_gib(loaded.model, lengths, requests=requests, fp8=args.cache_fp8)
+        if loaded.device.type == "cuda":
+            gib = min(gib, 0.9 * torch.cuda.mem_get_info()[0] / 2**30)
+    llm = LLM(
+        loaded, seed=args.seed, cache_gib=gib, cache_fp8=args.cache_fp8, max_requests=requests,
+        max_sequence_length=max(lengths),
+    )  # fmt: skip
+    params = SamplingParams(
+        temperature=args.temperature or 1.0, top_k=args.top_k if args.temperature else 1,
+        top_p=args.top_p if args.temperature else 0.0, num_tokens_to_generate=args.max_new_tokens,
+    )  # fmt: skip
+    steps = llm.stream(tokens, params)
     found: list[deque[int]] = [deque() for _ in prompts]
-    events = iter(generation)
+    ended: set[int] = set()
 
     def follow(index: int) -> Iterator[int]:
         """The tokens of one prompt; those of others are kept for later."""
         while True:
             if found[index]:
                 yield found[index].popleft()
-            elif index in generation.ended or (event := next(events, None)) is None:
+            elif index in ended:
                 return
             else:
-                found[event[0]].append(event[1])
+                other, new, last = next(steps)
+                found[other].extend(t for t in new if t != tokenizer.eod)
+                ended.update({other} if last else ())
 
     for index, prompt in enumerate(prompts):
         print(prompt, end="", flush=True)
-        for piece in _text(follow(index), loaded.tokenizer):
+        for piece in _text(follow(index), tokenizer):
             print(piece, end="", flush=True)
         print(flush=True)
-    report = generation.report
+    _report(llm)
+
+
+def _report(llm) -> None:
+    """What the cache kept of all prompts, to standard error."""
+    account, shape, dtype = llm.context.account, llm.context.cache.shape, llm.context.cache.dtype
+    heads, tokens, n = shape.layers * shape.kv_heads, round(account.ended_tokens), account.ended
+    entry_bytes = round(account.ended_entries * heads) * shape.page_bytes(dtype) // shape.page_entries
+    vanilla_bytes = tokens * heads * 2 * shape.channels * dtype.itemsize
     print(
-        f"[{report.sequences} prompt{'s' * (report.sequences > 1)}, {report.tokens} tokens in; "
-        f"{report.entries / report.heads / report.sequences:.1f} entries kept per head and prompt, "
-        f"ratio {report.ratio:.2f}; "
-        f"cache {report.entry_bytes:,} bytes instead of {report.vanilla_bytes:,}, "
-        f"open segments {report.state_bytes:,} bytes a prompt]",
+        f"[{n} prompt{'s' * (n > 1)}, {tokens} tokens in; {account.ended_entries / n:.1f} entries kept per head and "
+        f"prompt, ratio {account.ratio:.2f}; cache {entry_bytes:,} bytes instead of {vanilla_bytes:,}, open segments "
+        f"{heads * shape.state_bytes(dtype):,} bytes a prompt]",
         file=sys.stderr,
         flush=True,
     )
