@@ -63,9 +63,7 @@ def handle_cancel(coordinator, sender_identity, payload) -> None:
     client_request = payload[1]
     for request_id, known_as in coordinator.request_id_to_client_request_id.items():
         if known_as == client_request and coordinator.request_id_to_client_id[request_id] == sender_identity:
-            coordinator._send_to_engine(
-                coordinator.request_id_to_rank[request_id], _pack(Serving.CANCEL, request_id)
-            )
+            coordinator._send_to_engine(coordinator.request_id_to_rank[request_id], _pack(Serving.CANCEL, request_id))
             return
 
 
