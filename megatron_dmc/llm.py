@@ -12,7 +12,6 @@ import torch
 from megatron.core.inference import inference_client
 from megatron.core.inference.apis import MegatronAsyncLLM, MegatronLLM, _llm_base
 from megatron.core.inference.config import InferenceConfig
-from megatron.core.inference.engines import dynamic_engine
 
 from megatron_dmc.checkpoint import LoadedModel, load
 from megatron_dmc.config import DMCError
@@ -62,7 +61,7 @@ def inference_config(
 
 @contextlib.contextmanager
 def _classes_of_dmc(model: Any, fp8: bool, coordinator: bool) -> Iterator[None]:
-    """While this is open, Megatron's LLM classes build DMC's context, controller, engine, coordinator and client.
+    """While this is open, Megatron's LLM classes build DMC's context, controller, engine and client.
 
     Their constructor names the classes that it builds and takes no others.
     """
@@ -76,9 +75,6 @@ def _classes_of_dmc(model: Any, fp8: bool, coordinator: bool) -> Iterator[None]:
                     f'a coordinator needs the package {error.name}: pip install "megatron-dmc[serve]"'
                 ) from error
             engine = messages.ServingEngine
-            patches.enter_context(
-                mock.patch.object(dynamic_engine, "DataParallelInferenceCoordinator", messages.ServingCoordinator)
-            )
             patches.enter_context(mock.patch.object(inference_client, "InferenceClient", messages.StreamingClient))
         patches.enter_context(
             mock.patch.multiple(

@@ -23,12 +23,14 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
+from unittest import mock
 
 import msgpack
 import zmq
 from megatron.core.inference import headers
 from megatron.core.inference.data_parallel_inference_coordinator.coordinator import DataParallelInferenceCoordinator
 from megatron.core.inference.data_parallel_inference_coordinator.handlers import message_handler
+from megatron.core.inference.engines import dynamic_engine
 from megatron.core.inference.headers import Headers
 from megatron.core.inference.inference_client import InferenceClient
 from megatron.core.inference.inference_request import DynamicInferenceRequest, DynamicInferenceRequestRecord
@@ -120,6 +122,15 @@ class ServingEngine(DMCInferenceEngine):
         super().reset()
         self._pending_signals = _Signals(self.cancel)
         self._sent: dict[int, int] = {}  # tokens sent of each request that is streamed
+
+    async def start_listening_to_data_parallel_coordinator(self, *args, **kwargs) -> str:
+        with mock.patch.object(dynamic_engine, "DataParallelInferenceCoordinator", ServingCoordinator):
+            address = await super().start_listening_to_data_parallel_coordinator(*args, **kwargs)
+        if self.ep_world_size == 1:
+            # Megatron's engine otherwise goes on with empty steps for a while after its last request, in case an
+            # expert-parallel rank needs them. They reset the context, and its measure of compression with it.
+            self.ep_consensus_interval = 1
+        return address
 
     def add_request(self, request_id: int, prompt, sampling_params: SamplingParams | None = None):
         # Kept here, as the parameters of a request lose what Megatron does not know when it gives way.

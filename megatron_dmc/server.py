@@ -97,7 +97,8 @@ class Backend(Protocol):
     end: int | None
     max_sequence_length: int
 
-    def tokenize(self, text: str) -> list[int]: ...
+    def tokenize(self, text: str) -> list[int]:
+        """Raises `RequestFailed` for text that the tokenizer cannot take."""
 
     def detokenize(self, tokens: list[int]) -> str: ...
 
@@ -127,7 +128,10 @@ class EngineBackend:
         self.max_sequence_length = llm.context.max_sequence_length
 
     def tokenize(self, text: str) -> list[int]:
-        return TextGenerationController.tokenize_prompt(self._tokenizer, text)
+        try:
+            return self._tokenizer.tokenize(text)
+        except ValueError as error:  # a tokenizer of numbers, for instance
+            raise RequestFailed("the model's tokenizer cannot take this text") from error
 
     def detokenize(self, tokens: list[int]) -> str:
         return TextGenerationController.detokenize(self._tokenizer, tokens, remove_EOD=False)
@@ -144,7 +148,7 @@ class EngineBackend:
             )
         except Exception as error:  # whatever the template, a program of its own, makes of the messages
             raise RequestFailed(f"the tokenizer's chat template cannot take these messages: {error}") from error
-        return self._tokenizer.tokenize(text)
+        return self.tokenize(text)
 
     async def generate(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Tokens]:
         here = asyncio.get_running_loop()
@@ -193,7 +197,7 @@ class EngineBackend:
             "compression_ratio": context.account.ratio,
             "pages": len(context.cache.pages),
             "free_pages": round(context.account.free * context.cache.shape.layers * context.cache.shape.kv_heads),
-            "evictions": context.evictions,
+            "evictions": self._llm.engine.evicted_request_count,
         }
 
     async def close(self) -> None:
@@ -436,7 +440,7 @@ def _prompts(fields: _Fields, backend: Backend) -> list[list[int]]:
 
 def _prompt_tokens(prompt: Any, backend: Backend) -> list[int]:
     if isinstance(prompt, str):
-        tokens = _tokenize(prompt, backend, "prompt")
+        tokens = _tokenize(prompt, backend)
     elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
         tokens = prompt
         if (wrong := next((t for t in tokens if not 0 <= t < backend.vocabulary), None)) is not None:
@@ -450,12 +454,15 @@ def _prompt_tokens(prompt: Any, backend: Backend) -> list[int]:
     return tokens
 
 
-def _tokenize(text: str, backend: Backend, param: str) -> list[int]:
+def _tokenize(text: str, backend: Backend) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refusal(f"the text holds half of a surrogate pair at position {error.start}", param) from error
-    return backend.tokenize(text)
+        raise Refusal(f"the text holds half of a surrogate pair at position {error.start}", "prompt") from error
+    try:
+        return backend.tokenize(text)
+    except RequestFailed as failure:
+        raise Refusal(str(failure), "prompt") from failure
 
 
 def _chat_prompt(fields: _Fields, backend: Backend) -> list[int]:
@@ -789,7 +796,7 @@ class Server:
         if key is None or request.path in OPEN_PATHS:
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        same = hmac.compare_digest(given.strip().encode(errors="replace"), key.encode())
+        same = hmac.compare_digest(given.strip().encode(errors="surrogateescape"), key.encode())
         if scheme.lower() != "bearer" or not same:
             raise Refusal(
                 "the request needs the header `Authorization: Bearer KEY` with the server's key",
