@@ -18,7 +18,16 @@ import httpx
 import openai
 import pytest
 from runs import ROOT, UNDECIDED, dmc, environment, train
-from test_engine import Letters, everything_returned, greedy, model_of, outside_of_inference  # noqa: F401
+from test_engine import (
+    Letters,
+    everything_returned,
+    greedy,
+    model_of,
+    outside_of_inference,  # noqa: F401
+    prompts_of,
+    restless,  # noqa: F401
+    without_cache,
+)
 
 from megatron_dmc.config import DMCError
 from megatron_dmc.server import AnswerText, RequestFailed, ServerOptions, Tokens, run
@@ -548,6 +557,47 @@ def test_through_the_coordinator(megatron, fresh_seed):
     finally:
         asyncio.run(backend.close())
     assert not llm.engine.inference_coordinator_process.is_alive()
+
+
+def test_streams_of_requests_that_give_way(megatron, fresh_seed, restless):  # noqa: F811
+    """Each token comes once, with its log-probability, and nothing of a stop word."""
+    from megatron_dmc.checkpoint import LoadedModel
+    from megatron_dmc.llm import AsyncLLM
+    from megatron_dmc.server import EngineBackend
+
+    model, prompts = model_of(), prompts_of(25, 26, 27, 3, 1, 24, 9)
+    args = SimpleNamespace(position_embedding_type="rope", max_position_embeddings=64)
+    free = [without_cache(model, prompt, 25) for prompt in prompts]
+    words = [found[4:7] for found in free if len(found) > 7]
+    expected = [without_cache(model, prompt, 25, words) for prompt in prompts]
+    expected = [found[:-3] if found[-3:] in words else found for found in expected]
+    llm = AsyncLLM(
+        LoadedModel(model, Letters(), args, None), coordinator_host="127.0.0.1", max_requests=4, max_step_tokens=16,
+        max_sequence_length=60, cache_gib=0.01,
+    )  # fmt: skip
+    backend = EngineBackend(llm)
+
+    async def stream(prompt, **changes):
+        tokens, log_probs = [], []
+        async for piece in backend.generate(prompt, greedy(25, **changes)):
+            tokens += piece.tokens
+            log_probs += piece.log_probs
+        return tokens, log_probs
+
+    async def main():
+        try:
+            scored = dict(return_log_probs=True, skip_prompt_log_probs=True)
+            one = await asyncio.gather(*(stream(prompt, **scored) for prompt in prompts))
+            stop = [Letters().detokenize(word) for word in words]
+            return one, await asyncio.gather(*(stream(prompt, stop_words=stop) for prompt in prompts))
+        finally:
+            await backend.close()
+
+    scored, stopped = asyncio.run(main())
+    assert [tokens for tokens, _ in scored] == free
+    assert [len(log_probs) for _, log_probs in scored] == list(map(len, free))
+    assert [tokens for tokens, _ in stopped] == expected
+    assert llm.engine.evicted_request_count > 0
 
 
 # The command.
