@@ -14,6 +14,7 @@ COMMANDS = {
     "prepare-data": "text, JSON lines or a folder of files into Megatron's indexed dataset",
     "train": "Megatron's training loop with DMC: every Megatron argument and --dmc-…",
     "generate": "continue prompts from a compressed cache",
+    "serve": "an HTTP server with OpenAI's interface",
     "report": "what compression costs a checkpoint, and which heads compress how much",
 }
 
@@ -28,6 +29,7 @@ examples:
   megatron-dmc prepare-data --input corpus/ --output data/corpus --train-tokenizer 4096
   torchrun --nproc-per-node 8 -m megatron_dmc train --dmc-stage retrofit --dmc-cr 4 --load … --finetune …
   megatron-dmc generate checkpoints/dmc --prompt "def main("
+  megatron-dmc serve checkpoints/dmc --port 8000
   megatron-dmc report checkpoints/dmc --text held-out.txt
 
 megatron-dmc COMMAND --help explains one command. On a machine without a GPU everything runs on the CPU."""

@@ -14,6 +14,7 @@ import os
 import runpy
 import socket
 import sys
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,14 @@ def _emulate_devices() -> None:
             if hasattr(module, name):
                 setattr(module, name, replacement)
     _Redirect().__enter__()
+    in_thread = threading.Thread.run
+
+    @functools.wraps(in_thread)
+    def run_redirected(self):
+        with _Redirect():  # holds for the thread that enters it alone
+            in_thread(self)
+
+    threading.Thread.run = run_redirected
 
     loader = torch.utils.data.DataLoader
     construct = loader.__init__

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.inference import inference_client
 from megatron.core.inference.apis import MegatronAsyncLLM, MegatronLLM, _llm_base
 from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.sampling_params import SamplingParams
@@ -76,17 +77,30 @@ def failure(request: Any) -> str:
 
 
 @contextlib.contextmanager
-def _classes_of_dmc(model: Any, fp8: bool) -> Iterator[None]:
-    """While this is open, Megatron's LLM classes build DMC's context, controller and engine.
+def _classes_of_dmc(model: Any, fp8: bool, coordinator: bool) -> Iterator[None]:
+    """While this is open, Megatron's LLM classes build DMC's context, controller, engine and client.
 
     Their constructor names the classes that it builds and takes no others.
     """
-    with mock.patch.multiple(
-        _llm_base,
-        DynamicInferenceContext=lambda _, config: DMCInferenceContext(model, config, fp8=fp8),
-        TextGenerationController=DMCController,
-        DynamicInferenceEngine=DMCInferenceEngine,
-    ):
+    engine = DMCInferenceEngine
+    with contextlib.ExitStack() as patches:
+        if coordinator:
+            try:
+                from megatron_dmc import messages
+            except ModuleNotFoundError as error:
+                raise DMCError(
+                    f'a coordinator needs the package {error.name}: pip install "megatron-dmc[serve]"'
+                ) from error
+            engine = messages.ServingEngine
+            patches.enter_context(mock.patch.object(inference_client, "InferenceClient", messages.StreamingClient))
+        patches.enter_context(
+            mock.patch.multiple(
+                _llm_base,
+                DynamicInferenceContext=lambda _, config: DMCInferenceContext(model, config, fp8=fp8),
+                TextGenerationController=DMCController,
+                DynamicInferenceEngine=engine,
+            )
+        )
         yield
 
 
@@ -116,7 +130,7 @@ class _FromCheckpoint:
             raise DMCError(f"max_sequence_length {length} exceeds the model's {limit} positions")
         loaded.model.config.inference_sampling_seed = seed
         options = {} if use_coordinator is None else dict(use_coordinator=use_coordinator)
-        with _classes_of_dmc(loaded.model, cache_fp8):
+        with _classes_of_dmc(loaded.model, cache_fp8, coordinator=use_coordinator is not False):
             super().__init__(
                 model=loaded.model,
                 tokenizer=loaded.tokenizer,
