@@ -39,7 +39,7 @@ def serve(model, pages=None, **settings):
     from megatron_dmc.context import cache_shape
     from megatron_dmc.llm import LLM
 
-    settings = dict(max_requests=4, max_step_tokens=16, max_sequence_length=60) | settings
+    settings = dict(max_requests=4, max_step_tokens=16, max_sequence_length=60, cache_gib=0.02) | settings
     if pages is not None:
         sizes = dict(slots=settings["max_requests"], max_tokens=settings["max_sequence_length"])
         shape = cache_shape(model, **sizes, fp8=settings.get("cache_fp8", False))
