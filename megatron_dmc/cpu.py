@@ -187,11 +187,13 @@ def _emulate_process_groups() -> None:
 
 
 def _emulate_megatron() -> None:
+    from megatron.core.inference import communication_utils
     from megatron.training import arguments
 
     from megatron_dmc.megatron_hooks import keep_compiled_helpers
 
     keep_compiled_helpers()
+    communication_utils._is_cuda = lambda tensor: None  # what pipeline stages pass on lies on the CPU
     parse = arguments.parse_args
 
     @functools.wraps(parse)

@@ -32,7 +32,7 @@ def test_two_ranks_generate_as_one(tmp_path, fresh_seed, monkeypatch):
     run = python(*launcher(2), "tests/split_generate.py", tmp_path)
     assert run.code == 0, run.output[-12000:]
 
-    dry_when = set()
+    dry_when, gave_way = set(), 0
     for layout in LAYOUTS:
         ranks = [torch.load(tmp_path / f"{layout} {rank}.pt") for rank in range(2)]
         for window in WINDOWS:
@@ -40,10 +40,12 @@ def test_two_ranks_generate_as_one(tmp_path, fresh_seed, monkeypatch):
                 where, found = f"{layout}, window {window}, {name}", [rank[window][name] for rank in ranks]
                 compare(found, alone[window][name.partition(",")[0]], SPLIT[layout], where)
                 if "text" in found[0]:
+                    gave_way += found[0]["notes"]
                     continue
                 failed = {(when, kind) for when, kind, ok, _ in found[0]["notes"] if not ok}
                 assert bool(failed) == ("dry" in name), where
                 dry_when |= failed
+    assert gave_way, "the engine had room for all: nothing was tested"
     assert dry_when >= {("begun", "decoding"), ("committed", "chunks")}, "no rank ran dry: nothing was tested"
 
 
@@ -55,7 +57,7 @@ def compare(found, expected, split, where):
         for rank, x in enumerate(found):
             for name in ("text", "tokens"):
                 assert x[name] == expected[name], f"{where}, rank {rank}: {name}"
-        assert ("crowded" in where) == (found[0]["notes"] > 0), f"{where}: who gave way"
+        assert "crowded" in where or not found[0]["notes"], f"{where}: who gave way"
         return
     for rank, x in enumerate(found):
         error = (x["logits"] - expected["logits"]).abs().max()

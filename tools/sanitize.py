@@ -71,8 +71,11 @@ def generation() -> None:
     ):
         shape = CacheShape(1, 3, heads, kv_heads, channels, 400, window, fp8)
         cache = PagedCache(shape, 300, dtype=dtype, device="cuda")
-        # Whole boxes of keys are read, and scores of those that do not exist thrown away; initcheck minds the reading.
+        # Whole boxes of keys are read, with their scales, and scores of those that do not exist thrown away; initcheck
+        # minds the reading.
         cache.pages.view(torch.uint8).zero_()
+        if cache.scales is not None:
+            cache.scales.zero_()
         angle = torch.rand(400, channels // 2, device="cuda")
         for slots, new_tokens, chunks in (
             ([], 1, {0: 170, 2: 33}),
