@@ -113,7 +113,8 @@ def generate(model, prompts, new=NEW, **options):
 
 
 def steps(stage, tokens, dry=None):
-    """Decoding, step by step; unless `dry` is `None`, each first beside a chunk that a dry rank has no page for.
+    """Decoding, step by step; unless `dry` is `None`, each first beside a chunk that a dry rank has no page for,
+    and behind a sequence's first token for which it has none.
 
     The sequences that decode stay within their first pages. The logits of the steps that count, and what is left.
     """
@@ -146,6 +147,7 @@ def steps(stage, tokens, dry=None):
             hidden = int(free) if dry else 0
             free -= hidden
             go(decode, {last: 9})
+            go([last], {})
             free += hidden
         go(decode, {})
     go(decode, {last: 9})

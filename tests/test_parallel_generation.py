@@ -66,4 +66,4 @@ def compare(found, expected, split, where):
     entries = torch.cat([x["entries"] for x in found], split)
     assert entries.equal(expected["entries"]), where
     assert entries.sum() < 8 * expected["tokens"].sum(), "nothing was merged"
-    assert sum(not ok for _, _, ok, _ in found[0]["notes"]) == STEPS * ("dry" in where), where
+    assert sum(not ok for _, _, ok, _ in found[0]["notes"]) == 3 * STEPS * ("dry" in where), where
