@@ -198,7 +198,7 @@ def test_training_with_another_tokenizers_data(corpus, tmp_path):
     assert run.code != 0 and "prepared with a tokenizer of 257 tokens, --tokenizer-model has 300" in run.output
 
 
-@pytest.mark.parametrize("command", ["prepare-data", "train", "generate", "report"])
+@pytest.mark.parametrize("command", ["prepare-data", "train", "generate", "serve", "report"])
 def test_help_teaches_by_example(command):
     run = dmc(command, "--help")
     assert (
@@ -211,7 +211,9 @@ def test_help_teaches_by_example(command):
 def test_the_command_line_itself():
     assert dmc("--help").code == 0
     run = dmc("compress")
-    assert run.code != 0 and "no command 'compress'; there are prepare-data, train, generate, report" in run.output
+    assert (
+        run.code != 0 and "no command 'compress'; there are prepare-data, train, generate, serve, report" in run.output
+    )
     run = python("-m", "megatron_dmc.cpu", "nowhere.py")
     assert run.code != 0 and "no such script: nowhere.py" in run.output
 
