@@ -21,6 +21,7 @@ offset is the quantile of the random model's decisions at which a share 1 - 1/co
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import statistics
 import sys
@@ -281,12 +282,10 @@ def measure(way: Way, compression: int) -> dict[str, float]:
     )  # fmt: skip
     if way.dmc:
         account = way.context.account
-        row |= dict(ratio=sum(account.tokens) / sum(account.entries), pages_free=account.free / account_total(way))
+        row |= dict(
+            ratio=sum(account.tokens) / sum(account.entries), pages_free=account.free / way.context.pages_by_head
+        )
     return row
-
-
-def account_total(way: Way) -> float:
-    return len(way.context.cache.pages) / (way.shape.layers * way.shape.kv_heads)
 
 
 def first_token(way: Way) -> float:
@@ -306,6 +305,7 @@ def first_token(way: Way) -> float:
 def most_requests(shape: Shape, compression: int) -> int:
     """Requests at the context whose entries fit, each head's last page half used, with their open segments."""
     from megatron_dmc.cache import CacheShape, PagedCache
+    from megatron_dmc.config import DMCError
 
     channels = shape.hidden // shape.heads
     if compression == 1:
@@ -317,7 +317,7 @@ def most_requests(shape: Shape, compression: int) -> int:
         cache = CacheShape(shape.layers, requests, shape.heads, shape.kv_heads, channels, shape.context, 12)
         try:
             pages = PagedCache.pages_in(cache, torch.bfloat16, gib=shape.cache_gib)
-        except Exception:
+        except DMCError:
             break
         head = shape.context / compression / cache.page_entries + 0.55 + 0.05  # 0.05: what the steps take
         if pages < requests * shape.layers * shape.kv_heads * head:
@@ -341,8 +341,6 @@ def run(shape: Shape, compression: int, requests: int, spec: str, ttft: bool) ->
     model = build(shape, DMCConfig(dmc_stage="retrofit", dmc_init_val=0.0) if dmc else None, spec)
     if dmc:
         offset = decision_offset(model, shape, compression)
-        import dataclasses
-
         compressions = {layer.self_attention.core_attention.compression for layer in model.decoder.layers}
         for found in compressions:
             found.config = dataclasses.replace(found.config, dmc_init_val=offset)

@@ -34,6 +34,10 @@ MAX_NEW_TOKENS = 8
 """New tokens that a step of decoding may bring to a sequence."""
 
 
+FREE_LIST_BYTES = 4
+"""A page's place in the free list."""
+
+
 def built_page_entries() -> int:
     """Entries of a page: what the extension was built with (`MEGATRON_DMC_PAGE_ENTRIES`, 8 to 64), without it 16."""
     from megatron_dmc.ops.fused import load_extension
@@ -292,7 +296,7 @@ class PagedCache:
             total = int(torch.cuda.mem_get_info(device)[0] * memory_share)
         else:
             total = int(gib * 2**30)
-        fixed, page = shape.fixed_bytes(dtype), shape.page_bytes(dtype) + 4  # 4: its place in the free list
+        fixed, page = shape.fixed_bytes(dtype), shape.page_bytes(dtype) + FREE_LIST_BYTES
         pages = (total - fixed) // page
         if pages < shape.layers * shape.kv_heads:
             raise DMCError(
@@ -301,6 +305,11 @@ class PagedCache:
                 f"{shape.layers * shape.kv_heads * page / 2**30:.2f} GiB; give more memory or fewer slots"
             )
         return pages
+
+    @staticmethod
+    def gib_of(shape: CacheShape, dtype: torch.dtype, pages: int) -> float:
+        """GiB of a whole cache of so many pages: the least for which `pages_in` finds them."""
+        return (shape.fixed_bytes(dtype) + pages * (shape.page_bytes(dtype) + FREE_LIST_BYTES) + 1) / 2**30
 
     @torch.no_grad()
     def begin(

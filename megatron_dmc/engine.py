@@ -40,6 +40,7 @@ from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngin
 from megatron.core.inference.inference_request import DynamicInferenceRequest, Status
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_size, unwrap_model
 from torch import Tensor
 
@@ -140,15 +141,18 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
 
     TOKEN_ROUNDER = 1  # steps without a CUDA graph need no padding
     account: PageAccount
+    pages_by_head: float
+    """Of the pool, in the account's unit."""
 
     def __init__(self, model: torch.nn.Module, inference_config: InferenceConfig, *, fp8: bool = False) -> None:
         _refuse_settings(inference_config)
         model = unwrap_model(model)
-        dtype, tp = next(model.parameters()).dtype, _group_size(inference_config, "tp")
-        shape = self._cache_shape(model, inference_config, dtype, tp, fp8)
+        dtype = next(model.parameters()).dtype
+        groups = inference_config.pg_collection or ProcessGroupCollection.use_mpu_process_groups()
+        self._mp_groups = [group for group in (groups.tp, groups.pp) if get_pg_size(group) > 1]
+        shape = self._cache_shape(model, inference_config, dtype, get_pg_size(groups.tp), fp8)
         pages = PagedCache.pages_in(shape, dtype, gib=inference_config.buffer_size_gb)
         self._new_cache = model, shape, pages, dtype
-        self._mp_groups = [g for name in ("tp", "pp") if get_pg_size(g := _group(inference_config, name)) > 1]
         block_tokens = shape.max_tokens + 2  # a request never comes to need a second block
         block_bytes = 2 * dtype.itemsize * shape.layers * shape.kv_heads * shape.channels * block_tokens
         super().__init__(
@@ -178,8 +182,16 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
             quarter = int(config.buffer_size_gb * 2**30) // 4 // shape.fixed_bytes(dtype)
             unit = math.lcm(tp, self.REQUEST_ROUNDER)
             slots = min(DEFAULT_REQUESTS, quarter, config.max_tokens or self.DEFAULT_MAX_TOKENS)
+            slots = int(self._least_of_ranks(slots))
             shape = dataclasses.replace(shape, slots=max(slots // unit, 1) * unit)
         return shape
+
+    def _least_of_ranks(self, value: float) -> float:
+        """Of the ranks that share the model: they must admit and evict alike, whatever memory each has."""
+        least = torch.tensor(value, dtype=torch.float64, device=torch.cuda.current_device())
+        for group in self._mp_groups:
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
+        return float(least)
 
     def _allocate_memory_buffer(self) -> None:
         model, shape, pages, dtype = self._new_cache
@@ -190,15 +202,16 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         self._report = torch.zeros(**report, device=device)
         self._report_on_host = torch.zeros(**report, pin_memory=True)
         self._report_arrived = torch.cuda.Event()
-        # What the whole pool holds, in tokens that do not merge; the same on every rank.
-        alone = torch.tensor(pages // self._heads * shape.page_entries, dtype=torch.int64, device=device)
-        for group in self._mp_groups:
-            torch.distributed.all_reduce(alone, torch.distributed.ReduceOp.MIN, group=group)
-        self.max_tokens_alone = int(alone)
+        self.pages_by_head = self._least_of_ranks(pages / self._heads)
 
     @property
     def _heads(self) -> int:
         return self.cache.shape.layers * self.cache.shape.kv_heads
+
+    @property
+    def max_tokens_alone(self) -> int:
+        """What the whole pool holds for certain, in tokens that do not merge."""
+        return int(self.pages_by_head) * self.cache.shape.page_entries
 
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens take in a head, at most."""
@@ -303,12 +316,13 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
 
         A prompt whose chunks are under way gives way as well, by the engine's hand: `chunk_gives_way`.
         """
-        account, first = self.account, self.paused_request_count
+        account, first, active = self.account, self.paused_request_count, mask.tolist()
         slots = self.request_to_kv_block_ids[first : self.total_request_count, 0].tolist()
         ids = self.request_ids[first : self.total_request_count].tolist()
         chunk, chunk_row = self.chunked_prefill_request_id, self.get_index_of_chunked_prefill_request(safe=False)
-        stays = [row for row, active in enumerate(mask.tolist()) if active and ids[row] != chunk]
-        free = account.free + sum(account.held[s] for r, s in enumerate(slots) if r not in stays and ids[r] != chunk)
+        rows = [row for row, request_id in enumerate(ids) if request_id != chunk]
+        stays = [row for row in rows if active[row]]
+        free = account.free + sum(account.held[slots[row]] for row in rows if not active[row])
         needs = sum(account.needs[slots[row]] for row in stays)
         youngest_first = sorted(stays, key=lambda row: -ids[row])
         evicted = []
@@ -321,7 +335,6 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
             evicted.append(row)
             free += account.held[slots[row]]
             needs -= account.needs[slots[row]]
-        self.evictions += len(evicted) + self.chunk_gives_way
         return evicted
 
     def drop_chunk(self) -> None:
@@ -338,10 +351,9 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         shape = self.cache.shape
         self.cache.release(torch.arange(shape.slots, device=self.cache.tokens.device))
         self.cache.clear_dry()
-        self.account = PageAccount.empty(len(self.cache.pages) / self._heads, shape.slots, shape.page_entries)
+        self.account = PageAccount.empty(self.pages_by_head, shape.slots, shape.page_entries)
         self.step = None
         self.chunk_gives_way = False
-        self.evictions = 0
         self._giving_way: list[int] = []
 
     def get_kvcache_utilization_stats(self) -> dict:
@@ -366,8 +378,7 @@ class WholeStepController(TextGenerationController):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.captures = torch.version.cuda is not None and next(self._unwrapped_model.parameters()).is_cuda
-        self.captures &= not self.model_is_pipeline_parallel
+        self.captures = next(self._unwrapped_model.parameters()).is_cuda and not self.model_is_pipeline_parallel
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._graph_memory = torch.cuda.graph_pool_handle() if self.captures else None
 
@@ -611,20 +622,15 @@ class DMCInferenceEngine(DynamicInferenceEngine):
         return False, 0
 
 
+def failure(request: DynamicInferenceRequest) -> str:
+    """Why a request failed."""
+    errors = [event.payload.message for event in request.events if event.type.name.startswith("ERROR")]
+    return "; ".join(filter(None, errors)) or "the engine cannot serve the request"
+
+
 def _length(request: DynamicInferenceRequest) -> int:
     """Tokens of a request that have not entered the cache, those it may still generate among them."""
     return request.remaining_prompt_length + request.sampling_params.num_tokens_to_generate
-
-
-def _group(config: InferenceConfig, name: str):
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
-    collection = config.pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    return getattr(collection, name)
-
-
-def _group_size(config: InferenceConfig, name: str) -> int:
-    return get_pg_size(_group(config, name))
 
 
 def _refuse_settings(config: InferenceConfig) -> None:

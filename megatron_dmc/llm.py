@@ -16,8 +16,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_dmc.checkpoint import LoadedModel, load
 from megatron_dmc.config import DMCError
-from megatron_dmc.context import cache_shape
-from megatron_dmc.engine import DMCController, DMCInferenceContext, DMCInferenceEngine
+from megatron_dmc.engine import DMCController, DMCInferenceContext, DMCInferenceEngine, failure
 
 
 def inference_config(
@@ -61,21 +60,6 @@ def inference_config(
     )
 
 
-def cache_gib(model: Any, sequences: list[int], *, requests: int, fp8: bool = False) -> float:
-    """GiB of a cache in which so many requests at once of `sequences` (their lengths) fit even if nothing merges."""
-    shape = cache_shape(model, slots=requests, max_tokens=max(sequences), fp8=fp8)
-    dtype = next(model.parameters()).dtype
-    longest = sorted((-(-tokens // shape.page_entries) for tokens in sequences), reverse=True)[:requests]
-    pages = sum(longest) * shape.layers * shape.kv_heads
-    return (shape.fixed_bytes(dtype) + pages * (shape.page_bytes(dtype) + 4) + 1) / 2**30
-
-
-def failure(request: Any) -> str:
-    """Why a request failed."""
-    errors = [event.payload for event in request.events if event.type.name.startswith("ERROR")]
-    return str(getattr(errors[-1], "message", errors[-1])) if errors else "no reason is known"
-
-
 @contextlib.contextmanager
 def _classes_of_dmc(model: Any, fp8: bool, coordinator: bool) -> Iterator[None]:
     """While this is open, Megatron's LLM classes build DMC's context, controller, engine and client.
@@ -105,43 +89,7 @@ def _classes_of_dmc(model: Any, fp8: bool, coordinator: bool) -> Iterator[None]:
 
 
 class _FromCheckpoint:
-    """What `LLM` and `AsyncLLM` add to Megatron's classes: they begin with a checkpoint."""
-
-    def __init__(
-        self,
-        checkpoint: str | Path | LoadedModel,
-        *,
-        tokenizer_model: str | None = None,
-        cache_fp8: bool = False,
-        use_coordinator: bool | None = None,
-        coordinator_host: str | None = None,
-        coordinator_port: int | None = None,
-        seed: int = 0,
-        max_sequence_length: int | None = None,
-        **settings: Any,
-    ) -> None:
-        loaded = (
-            checkpoint if isinstance(checkpoint, LoadedModel) else load(checkpoint, tokenizer_model=tokenizer_model)
-        )
-        self.loaded = loaded
-        limit = loaded.args.max_position_embeddings
-        length = limit if max_sequence_length is None else max_sequence_length
-        if loaded.args.position_embedding_type == "learned_absolute" and length > limit:
-            raise DMCError(f"max_sequence_length {length} exceeds the model's {limit} positions")
-        loaded.model.config.inference_sampling_seed = seed
-        options = {} if use_coordinator is None else dict(use_coordinator=use_coordinator)
-        with _classes_of_dmc(loaded.model, cache_fp8, coordinator=use_coordinator is not False):
-            super().__init__(
-                model=loaded.model,
-                tokenizer=loaded.tokenizer,
-                inference_config=inference_config(max_sequence_length=length, **settings),
-                coordinator_host=coordinator_host,
-                coordinator_port=coordinator_port,
-                **options,
-            )
-
-
-_ARGUMENTS = """
+    """What `LLM` and `AsyncLLM` add to Megatron's classes: they begin with a checkpoint.
 
     Args:
         checkpoint: a checkpoint of the stage retrofit or finetune (`megatron_dmc.checkpoint.load`), or what `load`
@@ -158,19 +106,52 @@ _ARGUMENTS = """
         DMCError: for a checkpoint or settings that cannot be served.
     """
 
+    def __init__(
+        self,
+        checkpoint: str | Path | LoadedModel,
+        *,
+        tokenizer_model: str | None = None,
+        cache_fp8: bool = False,
+        use_coordinator: bool = True,
+        coordinator_host: str | None = None,
+        coordinator_port: int | None = None,
+        seed: int = 0,
+        max_sequence_length: int | None = None,
+        **settings: Any,
+    ) -> None:
+        loaded = checkpoint
+        if not isinstance(loaded, LoadedModel):
+            loaded = load(checkpoint, tokenizer_model=tokenizer_model)
+        self.loaded = loaded
+        limit = loaded.args.max_position_embeddings
+        length = limit if max_sequence_length is None else max_sequence_length
+        if loaded.args.position_embedding_type == "learned_absolute" and length > limit:
+            raise DMCError(f"max_sequence_length {length} exceeds the model's {limit} positions")
+        loaded.model.config.inference_sampling_seed = seed
+        with _classes_of_dmc(loaded.model, cache_fp8, coordinator=use_coordinator):
+            super().__init__(
+                model=loaded.model,
+                tokenizer=loaded.tokenizer,
+                inference_config=inference_config(max_sequence_length=length, **settings),
+                use_coordinator=use_coordinator,
+                coordinator_host=coordinator_host,
+                coordinator_port=coordinator_port,
+            )
+
 
 class LLM(_FromCheckpoint, MegatronLLM):
-    __doc__ = (
-        """Generate from a compressed cache, many prompts at a time.
+    """Generate from a compressed cache, many prompts at a time.
 
         llm = LLM("checkpoints/dmc-4x", cache_gib=20)
         for request in llm.generate(["import os", "class Queue"], SamplingParams(top_k=1, num_tokens_to_generate=64)):
             print(request.generated_text)
 
     `generate`, `shutdown` and the rest are those of Megatron's `MegatronLLM`. Requests that cannot be served come back
-    with the status FAILED and an event that says why."""
-        + _ARGUMENTS
-    )
+    with the status FAILED and an event that says why.
+
+    Args:
+        checkpoint, settings: see `_FromCheckpoint`; without the coordinator, unless asked for.
+    """
 
     def __init__(self, checkpoint: str | Path | LoadedModel, *, use_coordinator: bool = False, **settings: Any) -> None:
         super().__init__(checkpoint, use_coordinator=use_coordinator, **settings)
@@ -214,4 +195,4 @@ class LLM(_FromCheckpoint, MegatronLLM):
 
 
 class AsyncLLM(_FromCheckpoint, MegatronAsyncLLM):
-    __doc__ = "The same for asyncio, over Megatron's `MegatronAsyncLLM`: `await llm.generate(…)`, `serve`." + _ARGUMENTS
+    """The same for asyncio, over Megatron's `MegatronAsyncLLM` and its coordinator: `await llm.generate(…)`."""

@@ -31,6 +31,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from megatron_dmc.config import DMCError
+from megatron_dmc.engine import failure
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +218,7 @@ class EngineBackend:
 def _rest(request, sent: int) -> Tokens:
     """What an ended request has beyond the tokens that came before."""
     if request.status == Status.FAILED:
-        errors = [e.payload.message for e in request.events if e.type.name.startswith("ERROR")]
-        raise RequestFailed("; ".join(filter(None, errors)) or "the engine cannot serve the request")
+        raise RequestFailed(failure(request))
     values = (request.generated_tokens, request.generated_log_probs, request.generated_top_n_logprobs)
     return Tokens(*((found or [])[sent:] for found in values))
 
@@ -461,8 +461,8 @@ def _tokenize(text: str, backend: Backend) -> list[int]:
         raise Refusal(f"the text holds half of a surrogate pair at position {error.start}", "prompt") from error
     try:
         return backend.tokenize(text)
-    except RequestFailed as failure:
-        raise Refusal(str(failure), "prompt") from failure
+    except RequestFailed as error:
+        raise Refusal(str(error), "prompt") from error
 
 
 def _chat_prompt(fields: _Fields, backend: Backend) -> list[int]:
@@ -476,8 +476,8 @@ def _chat_prompt(fields: _Fields, backend: Backend) -> list[int]:
         conversation.append({"role": message["role"], "content": _content(message.get("content"))})
     try:
         tokens = backend.chat_tokens(conversation)
-    except RequestFailed as failure:
-        raise Refusal(str(failure), "messages") from failure
+    except RequestFailed as error:
+        raise Refusal(str(error), "messages") from error
     if not tokens:
         raise Refusal("the messages are empty: the model needs at least one token to continue", "messages")
     return tokens

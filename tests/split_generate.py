@@ -106,7 +106,8 @@ def generate(model, prompts, new=NEW, **options):
     results = llm.generate(prompts, greedy(new, termination_id=-1))
     statistics = context.cache.statistics()
     return dict(
-        text=[list(r.generated_tokens) for r in results], tokens=context.account.ended_tokens, notes=context.evictions,
+        text=[list(r.generated_tokens) for r in results], tokens=context.account.ended_tokens,
+        notes=llm.engine.evicted_request_count,
         entries=context.account.ended_entries, lost=statistics.pages - statistics.pages_free,
         left=int(statistics.entries.sum() + statistics.tokens.sum() + context.cache.dry),
     )  # fmt: skip
@@ -167,7 +168,8 @@ def scenarios(model, prompts, tokens, ranks=1, rank=0):
     """
     PageAccount.growth = lambda self, more: 0.0
     stage = Stage(model)
-    found = dict(steps=steps(stage, tokens), greedy=generate(model, prompts))
+    # Ranks with more memory than others do as those.
+    found = dict(steps=steps(stage, tokens), greedy=generate(model, prompts, cache_gib=0.02 * (1 + rank)))
     found["crowded"] = generate(model, prompts, pages=SCARCE)
     for dry in range(ranks) if ranks > 1 else ():
         found[f"steps, rank {dry} dry"] = steps(stage, tokens, rank == dry)

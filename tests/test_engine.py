@@ -44,8 +44,7 @@ def serve(model, pages=None, **settings):
         sizes = dict(slots=settings["max_requests"], max_tokens=settings["max_sequence_length"])
         shape = cache_shape(model, **sizes, fp8=settings.get("cache_fp8", False))
         dtype = next(model.parameters()).dtype
-        taken = pages * shape.layers * shape.kv_heads * (shape.page_bytes(dtype) + 4)
-        settings["cache_gib"] = (shape.fixed_bytes(dtype) + taken + 1) / 2**30
+        settings["cache_gib"] = PagedCache.gib_of(shape, dtype, pages * shape.layers * shape.kv_heads)
     args = SimpleNamespace(position_embedding_type="rope", max_position_embeddings=64)
     return LLM(LoadedModel(model, Letters(), args, None), **settings)
 
@@ -109,7 +108,7 @@ def test_text_does_not_depend_on_company(fresh_seed, pages, careless):
     results = llm.generate(prompts, greedy(18))
     assert [list(r.generated_tokens) for r in results] == expected
     assert [r.prompt_tokens.tolist() for r in results] == prompts
-    assert (llm.context.evictions > 0) == (pages is not None)
+    assert (llm.engine.evicted_request_count > 0) == (pages is not None)
     everything_returned(llm)
     assert 1 < llm.context.account.ratio < 60
 
@@ -124,7 +123,7 @@ def test_admission_leaves_room_to_grow(fresh_seed):
     while llm.engine.has_unfinished_requests():
         llm.engine.step_modern()
         at_once.append(llm.context.total_request_count)
-    assert llm.context.evictions == 0 and max(at_once) > 1
+    assert llm.engine.evicted_request_count == 0 and max(at_once) > 1
     everything_returned(llm)
 
 
@@ -139,7 +138,6 @@ def restless(monkeypatch):
         others = [i for i, stays in enumerate(mask.tolist()) if stays and i not in chosen and ids[i] != chunk]
         if len(others) > 1 and random.random() < 0.2:
             chosen.append(random.choice(others))
-            context.evictions += 1
         return chosen
 
     monkeypatch.setattr(DMCInferenceContext, "_make_room", evict)
@@ -159,7 +157,7 @@ def test_text_and_stop_words(fresh_seed, restless):
     params = greedy(20, stop_words=[text(word) for word in words], detokenize_stop_sequence=True)
     results = llm.generate([text(prompt) for prompt in prompts], params)
     assert [list(r.generated_tokens) for r in results] == expected
-    assert llm.context.evictions > 0
+    assert llm.engine.evicted_request_count > 0
     everything_returned(llm)
     without = llm.generate(prompts, greedy(20, stop_words=params.stop_words))
     for result, tokens in zip(without, expected, strict=True):
@@ -188,7 +186,7 @@ def test_arrivals_cancellations_and_evictions(fresh_seed, careless):
             engine.step_modern()
     engine.forget_failed()
     engine._loop.run_until_complete(_nothing())
-    assert llm.context.evictions > 0
+    assert llm.engine.evicted_request_count > 0
     assert sorted(answered) == list(range(arrived))
     everything_returned(llm)
 
@@ -365,6 +363,6 @@ def test_graphs_and_kernels(fresh_seed, fp8, careless):
         assert llm.controller.captures and len(llm.controller._graphs) == len(llm.context.cuda_graph_token_counts) > 1
         llm.controller.captures = captures
         found.append([list(r.generated_tokens) for r in llm.generate(prompts, greedy(18))])
-        assert llm.context.evictions > 0
+        assert llm.engine.evicted_request_count > 0
         everything_returned(llm)
     assert found[0] == found[1]

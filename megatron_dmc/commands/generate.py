@@ -90,7 +90,9 @@ def _generate(loaded, prompts: list[str], args: argparse.Namespace) -> None:
     import torch
     from megatron.core.inference.sampling_params import SamplingParams
 
-    from megatron_dmc.llm import LLM, cache_gib
+    from megatron_dmc.cache import PagedCache
+    from megatron_dmc.context import cache_shape
+    from megatron_dmc.llm import LLM
 
     tokenizer = loaded.tokenizer
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
@@ -100,7 +102,10 @@ def _generate(loaded, prompts: list[str], args: argparse.Namespace) -> None:
     requests = min(args.batch_size, len(prompts))
     gib = args.cache_gib
     if gib is None:
-        gib = cache_gib(loaded.model, lengths, requests=requests, fp8=args.cache_fp8)
+        shape = cache_shape(loaded.model, slots=requests, max_tokens=max(lengths), fp8=args.cache_fp8)
+        longest = sorted((-(-length // shape.page_entries) for length in lengths), reverse=True)[:requests]
+        pages = sum(longest) * shape.layers * shape.kv_heads  # enough if nothing merges
+        gib = PagedCache.gib_of(shape, next(loaded.model.parameters()).dtype, pages)
         if loaded.device.type == "cuda":
             gib = min(gib, 0.9 * torch.cuda.mem_get_info()[0] / 2**30)
     llm = LLM(
