@@ -13,14 +13,11 @@ import hmac
 import ipaddress
 import json
 import logging
-import math
 import signal
 import sys
 import time
 import traceback
-import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
 import prometheus_client
@@ -32,57 +29,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from megatron_dmc.config import DMCError
 from megatron_dmc.engine import failure
+from megatron_dmc.openai_answers import AnswerText, ChatShape, CompletionShape, Delta, Token, Tokens, usage_of
+from megatron_dmc.openai_requests import Job, Refusal, RequestFailed, ServerOptions, read_job
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/ready")
 """What can be asked without a key."""
 
-COMPLETION_TOKENS = 16
-"""Tokens that a completion generates if the request does not say; OpenAI's default. A chat goes on to the limit."""
-
-MAX_LOG_PROBS = 20
-MAX_STOP_WORDS = 16
 RETRY_SECONDS = 1
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """What the server allows.
-
-    Attributes:
-        model_name: what requests call the model.
-        api_key: what `Authorization: Bearer …` must say; `None` lets everyone in.
-        max_concurrent: answers that may be under way at once; a request of several prompts or `n` counts as many.
-        max_body_bytes: of a request.
-        max_prompt_tokens, max_new_tokens: of one prompt and one answer; by default what the model's sequences hold.
-        request_timeout: seconds that a request may take in all; `None` for any time.
-        client_timeout: seconds that a client may take to send a request, or to take a piece of the answer.
-        drain_seconds: how long running requests may go on once the server has been asked to end.
-    """
-
-    model_name: str
-    api_key: str | None = None
-    max_concurrent: int = 256
-    max_body_bytes: int = 4 << 20
-    max_prompt_tokens: int | None = None
-    max_new_tokens: int | None = None
-    request_timeout: float | None = None
-    client_timeout: float = 30.0
-    drain_seconds: float = 30.0
-
-
-@dataclass
-class Tokens:
-    """What a step has generated: tokens, and if asked for, their log-probabilities and those of likely tokens."""
-
-    tokens: list[int]
-    log_probs: list[float] = field(default_factory=list)
-    top_log_probs: list[dict[str, float]] = field(default_factory=list)
-
-
-class RequestFailed(Exception):
-    """The engine does not serve a request; the message says why."""
 
 
 class Backend(Protocol):
@@ -223,459 +178,8 @@ def _rest(request, sent: int) -> Tokens:
     return Tokens(*((found or [])[sent:] for found in values))
 
 
-# What a request says.
-
-
-class Refusal(Exception):
-    """An answer that is an error, in OpenAI's shape."""
-
-    def __init__(
-        self,
-        message: str,
-        param: str | None = None,
-        *,
-        status: int = 400,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
-        kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-        kind = "rate_limit_error" if status == 429 else kind
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def _unavailable(message: str) -> Refusal:
     return Refusal(message, status=503, headers={"Retry-After": str(RETRY_SECONDS)})
-
-
-class _Fields:
-    """The fields of a request, each checked when it is taken. `null` is the same as a field left out."""
-
-    def __init__(self, body: Any) -> None:
-        if not isinstance(body, dict):
-            raise Refusal(f"the request must be a JSON object; got {_kind(body)}")
-        self._body = body
-
-    def raw(self, name: str) -> Any:
-        return self._body.get(name)
-
-    def integer(self, name: str, default: Any, low: int, high: int) -> Any:
-        value = self.raw(name)
-        if value is None:
-            return default
-        if type(value) is not int or not low <= value <= high:
-            raise Refusal(f"{name} must be a whole number from {low} to {high}; got {_shown(value)}", name)
-        return value
-
-    def number(self, name: str, default: float, allowed: str, good: Callable[[float], bool]) -> float:
-        value = self.raw(name)
-        if value is None:
-            return default
-        if type(value) not in (int, float) or not good(value):
-            raise Refusal(f"{name} must be {allowed}; got {_shown(value)}", name)
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.raw(name)
-        if type(value) not in (bool, type(None)):
-            raise Refusal(f"{name} must be true or false; got {_shown(value)}", name)
-        return bool(value)
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
-def _shown(value: Any) -> str:
-    return str(value) if type(value) in (int, float) and abs(value) < 1e18 else _kind(value)
-
-
-UNSUPPORTED = {
-    "seed": "the engine is seeded once, with --seed",
-    "frequency_penalty": "the engine has no penalties",
-    "presence_penalty": "the engine has no penalties",
-    "logit_bias": "the engine samples from the model's own logits",
-    "best_of": "ask for several answers with n",
-    "suffix": "the model continues text, it does not fill in",
-    "tools": "tool calls are not parsed",
-    "functions": "function calls are not parsed",
-    "response_format": "answers are free text",
-}
-"""Fields of OpenAI's that would change the answer and cannot be followed, and why."""
-
-_NEUTRAL = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
-    "best_of": (1,),
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "response_format": ({"type": "text"},),
-}
-"""Values that change nothing."""
-
-
-@dataclass
-class Job:
-    """A request that has been found sound."""
-
-    prompts: list[list[int]]
-    params: list[SamplingParams]
-    n: int
-    stop: list[str]
-    stream: bool
-    usage_in_stream: bool
-    log_probs: bool
-    echo: list[str]
-
-    @property
-    def answers(self) -> int:
-        return len(self.prompts) * self.n
-
-
-def _read_job(fields: _Fields, backend: Backend, options: ServerOptions, *, chat: bool) -> Job:
-    """The request's job. Raises `Refusal`."""
-    model = fields.raw("model")
-    if model is not None and not isinstance(model, str):
-        raise Refusal(f"model must be a string; got {_shown(model)}", "model")
-    if model not in (None, options.model_name):
-        raise Refusal(
-            f"there is no model of this name; this server has {options.model_name!r}",
-            "model",
-            status=404,
-            code="model_not_found",
-        )
-    for name, why in UNSUPPORTED.items():
-        value = fields.raw(name)
-        if value is not None and value not in _NEUTRAL.get(name, ()):
-            raise Refusal(f"{name} is not supported: {why}; leave it out", name, code="unsupported_parameter")
-    n = fields.integer("n", 1, 1, options.max_concurrent)
-    echo = not chat and fields.flag("echo")
-    log_probs, likely = _log_probs(fields, backend, chat)
-    if echo and log_probs:
-        raise Refusal("log-probabilities of the prompt are not kept: give either echo or logprobs", "logprobs")
-    stream = fields.flag("stream")
-    stream_options = fields.raw("stream_options")
-    if stream_options is not None and not isinstance(stream_options, dict):
-        raise Refusal(f"stream_options must be an object; got {_shown(stream_options)}", "stream_options")
-    sampling = _sampling(fields, backend)
-    stop = _stop(fields)
-    prompts = [_chat_prompt(fields, backend)] if chat else _prompts(fields, backend)
-    if len(prompts) * n > options.max_concurrent:
-        raise Refusal(
-            f"{len(prompts)} prompts of {n} answers each are more than the {options.max_concurrent} that the server "
-            "takes at once; send fewer prompts a request, or a smaller n",
-            "n",
-        )
-    params = [
-        SamplingParams(
-            **sampling,
-            num_tokens_to_generate=_new_tokens(fields, len(prompt), backend, options, chat),
-            return_log_probs=log_probs,
-            skip_prompt_log_probs=log_probs,
-            top_n_logprobs=likely,
-        )
-        for prompt in prompts
-    ]
-    return Job(
-        prompts=prompts,
-        params=params,
-        n=n,
-        stop=stop,
-        stream=stream,
-        usage_in_stream=_Fields(stream_options or {}).flag("include_usage"),
-        log_probs=log_probs,
-        echo=[backend.detokenize(prompt) for prompt in prompts] if echo else [""] * len(prompts),
-    )
-
-
-def _log_probs(fields: _Fields, backend: Backend, chat: bool) -> tuple[bool, int]:
-    """Whether log-probabilities are asked for, and of how many likely tokens."""
-    most = min(MAX_LOG_PROBS, backend.vocabulary)
-    if not chat:
-        likely = fields.integer("logprobs", None, 0, most)
-        return likely is not None, likely or 0
-    asked, likely = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 0, most)
-    if likely and not asked:
-        raise Refusal("top_logprobs needs logprobs to be true", "top_logprobs")
-    return asked, likely
-
-
-def _sampling(fields: _Fields, backend: Backend) -> dict[str, Any]:
-    temperature = fields.number("temperature", 1.0, "a number from 0 to 2", lambda x: 0 <= x <= 2)
-    top_p = fields.number("top_p", 1.0, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
-    top_k = fields.integer("top_k", 0, 0, backend.vocabulary - 1)
-    if top_k and top_p < 1:
-        raise Refusal(f"give either top_k or top_p; got {top_k} and {top_p}", "top_k")
-    if temperature == 0:
-        return dict(temperature=1.0, top_k=1, top_p=0.0)
-    return dict(temperature=temperature, top_k=top_k, top_p=0.0 if top_p == 1 else top_p)  # 0: of all tokens
-
-
-def _stop(fields: _Fields) -> list[str]:
-    stop = fields.raw("stop")
-    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(word, str) and word for word in stop):
-        raise Refusal("stop must be a string or a list of strings, none of them empty", "stop")
-    if len(stop) > MAX_STOP_WORDS:
-        raise Refusal(f"stop may have {MAX_STOP_WORDS} strings; got {len(stop)}", "stop")
-    return stop
-
-
-def _prompts(fields: _Fields, backend: Backend) -> list[list[int]]:
-    prompt = fields.raw("prompt")
-    if prompt is None:
-        raise Refusal("the request has no prompt", "prompt")
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int):
-        prompt = [prompt]
-    if not isinstance(prompt, list):
-        raise Refusal(f"prompt must be text, token ids, or a list of either; got {_shown(prompt)}", "prompt")
-    if not prompt:
-        raise Refusal("prompt is an empty list", "prompt")
-    return [_prompt_tokens(one, backend) for one in prompt]
-
-
-def _prompt_tokens(prompt: Any, backend: Backend) -> list[int]:
-    if isinstance(prompt, str):
-        tokens = _tokenize(prompt, backend)
-    elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
-        tokens = prompt
-        if (wrong := next((t for t in tokens if not 0 <= t < backend.vocabulary), None)) is not None:
-            raise Refusal(
-                f"token {_shown(wrong)} of the prompt does not exist: the vocabulary has {backend.vocabulary}", "prompt"
-            )
-    else:
-        raise Refusal("prompt must be text, token ids, or a list of either; it holds something else", "prompt")
-    if not tokens:
-        raise Refusal("a prompt is empty: the model needs at least one token to continue", "prompt")
-    return tokens
-
-
-def _tokenize(text: str, backend: Backend) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Refusal(f"the text holds half of a surrogate pair at position {error.start}", "prompt") from error
-    try:
-        return backend.tokenize(text)
-    except RequestFailed as error:
-        raise Refusal(str(error), "prompt") from error
-
-
-def _chat_prompt(fields: _Fields, backend: Backend) -> list[int]:
-    messages = fields.raw("messages")
-    if not isinstance(messages, list) or not messages:
-        raise Refusal("the request needs messages: a list of at least one", "messages")
-    conversation = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise Refusal("each message must be an object with a role and content", "messages")
-        conversation.append({"role": message["role"], "content": _content(message.get("content"))})
-    try:
-        tokens = backend.chat_tokens(conversation)
-    except RequestFailed as error:
-        raise Refusal(str(error), "messages") from error
-    if not tokens:
-        raise Refusal("the messages are empty: the model needs at least one token to continue", "messages")
-    return tokens
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        content = "".join(parts) if parts and all(isinstance(part, str) for part in parts) else None
-    if not isinstance(content, str):
-        raise Refusal("the content of a message must be a string, or a list of parts of the type text", "messages")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise Refusal(f"a message holds half of a surrogate pair at position {error.start}", "messages") from error
-    return content
-
-
-def _new_tokens(fields: _Fields, prompt: int, backend: Backend, options: ServerOptions, chat: bool) -> int:
-    param = "messages" if chat else "prompt"
-    longest = min(options.max_prompt_tokens or math.inf, backend.max_sequence_length - 1)
-    if prompt > longest:
-        raise Refusal(
-            f"the prompt has {prompt} tokens, at most {longest} are allowed; shorten it",
-            param,
-            code="context_length_exceeded",
-        )
-    left = backend.max_sequence_length - prompt
-    most = min(options.max_new_tokens or left, left)
-    name = "max_completion_tokens" if chat and fields.raw("max_completion_tokens") is not None else "max_tokens"
-    return fields.integer(name, most if chat else min(COMPLETION_TOKENS, most), 1, most)
-
-
-# What an answer says.
-
-
-@dataclass
-class Token:
-    """A token of an answer, for its log-probabilities."""
-
-    text: str
-    log_prob: float
-    likely: dict[str, float]
-    offset: int
-
-
-class AnswerText:
-    """The text of an answer as it becomes certain.
-
-    A character of several bytes waits for its last one, and what may be the beginning of a stop word for what follows.
-
-    Attributes:
-        stopped: whether a stop word has come; the text ends before it.
-    """
-
-    def __init__(self, detokenize: Callable[[list[int]], str], stop: list[str]) -> None:
-        self._detokenize, self._stop = detokenize, stop
-        # Text of a token depends on the ones before it: those from `_begin` on are detokenized together, of which those
-        # before `_read` have been turned into text.
-        self._tokens: list[int] = []
-        self._begin = self._read = 0
-        self._held, self._given = "", 0
-        self._pending: list[Token] = []
-        self.stopped = False
-
-    def add(self, new: Tokens) -> tuple[str, list[Token]]:
-        """What has become certain with these tokens: text, and the tokens in it if they have log-probabilities."""
-        for i, token in enumerate(new.tokens):
-            if new.log_probs:
-                likely = new.top_log_probs[i] if new.top_log_probs else {}
-                offset = self._given + len(self._held)
-                self._pending.append(Token(self._detokenize([token]), new.log_probs[i], likely, offset))
-            self._tokens.append(token)
-            text = self._detokenize(self._tokens[self._begin :])
-            if not text.endswith("\ufffd"):
-                self._take(text)
-            if self.stopped:
-                break
-        certain = len(self._held) - (0 if self.stopped else self._beginning_of_stop())
-        return self._give(certain)
-
-    def end(self) -> tuple[str, list[Token]]:
-        """What is left when there is no more to come."""
-        if not self.stopped and self._read < len(self._tokens):
-            self._take(self._detokenize(self._tokens[self._begin :]))
-        text, tokens = self._give(len(self._held))
-        return text, tokens if self.stopped else tokens + self._pending
-
-    def _take(self, text: str) -> None:
-        before = self._detokenize(self._tokens[self._begin : self._read]) if self._read > self._begin else ""
-        searched = max(len(self._held) - max(map(len, self._stop), default=0), 0)
-        self._held += text[len(before) :]
-        self._begin, self._read = self._read, len(self._tokens)
-        found = [at for word in self._stop if (at := self._held.find(word, searched)) >= 0]
-        if found:
-            self._held, self.stopped = self._held[: min(found)], True
-
-    def _beginning_of_stop(self) -> int:
-        """How much of the end may be the beginning of a stop word."""
-        lengths = (k for word in self._stop for k in range(1, len(word)) if self._held.endswith(word[:k]))
-        return max(lengths, default=0)
-
-    def _give(self, count: int) -> tuple[str, list[Token]]:
-        text, self._held = self._held[:count], self._held[count:]
-        self._given += count
-        certain = [token for token in self._pending if token.offset < self._given]
-        self._pending = self._pending[len(certain) :]
-        return text, certain
-
-
-@dataclass
-class Delta:
-    """What one answer of a request has more of: text, tokens for their log-probabilities, and at its end, the reason.
-
-    Attributes:
-        generated: how many tokens the answer has had so far.
-    """
-
-    index: int
-    text: str
-    tokens: list[Token]
-    generated: int
-    finish: str | None = None
-
-
-class _Shape:
-    """How the answers to one request look: those of /v1/completions."""
-
-    whole = piece = "text_completion"
-    prefix = "cmpl"
-
-    def __init__(self, model: str) -> None:
-        self._common = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def answer(self, choices: list, usage: dict | None, *, stream: bool = False) -> dict:
-        kind = self.piece if stream else self.whole
-        return self._common | {"object": kind, "choices": choices} | ({} if usage is None else {"usage": usage})
-
-    def first(self, index: int, echo: str) -> dict | None:
-        """The chunk of a stream before all others."""
-        return self.chunk(Delta(index, echo, [], 0), None) if echo else None
-
-    def choice(self, index: int, text: str, finish: str, tokens: list[Token] | None) -> dict:
-        return {"index": index, "text": text, "finish_reason": finish, "logprobs": self._log_probs(tokens)}
-
-    def chunk(self, delta: Delta, tokens: list[Token] | None) -> dict:
-        return self.choice(delta.index, delta.text, delta.finish, tokens)
-
-    def _log_probs(self, tokens: list[Token] | None) -> dict | None:
-        if tokens is None:
-            return None
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.log_prob for token in tokens],
-            "top_logprobs": [token.likely for token in tokens],
-            "text_offset": [token.offset for token in tokens],
-        }
-
-
-class _ChatShape(_Shape):
-    """How the answers to one request of /v1/chat/completions look."""
-
-    whole, piece = "chat.completion", "chat.completion.chunk"
-    prefix = "chatcmpl"
-
-    def first(self, index: int, echo: str) -> dict:
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
-
-    def choice(self, index: int, text: str, finish: str, tokens: list[Token] | None) -> dict:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "finish_reason": finish, "logprobs": self._log_probs(tokens)}
-
-    def chunk(self, delta: Delta, tokens: list[Token] | None) -> dict:
-        content = {"content": delta.text} if delta.text else {}
-        return {
-            "index": delta.index,
-            "delta": content,
-            "finish_reason": delta.finish,
-            "logprobs": self._log_probs(tokens),
-        }
-
-    def _log_probs(self, tokens: list[Token] | None) -> dict | None:
-        def entry(text: str, log_prob: float) -> dict:
-            return {"token": text, "logprob": log_prob, "bytes": list(text.encode(errors="replace"))}
-
-        if tokens is None:
-            return None
-        content = [
-            entry(token.text, token.log_prob) | {"top_logprobs": [entry(*likely) for likely in token.likely.items()]}
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-
-def _usage(prompt: int, generated: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
 
 ENGINE_NUMBERS = {
@@ -828,17 +332,17 @@ class Server:
         return web.Response(body=text, headers={"Content-Type": prometheus_client.CONTENT_TYPE_LATEST})
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, _Shape(self.options.model_name), chat=False)
+        return await self._answer(request, CompletionShape(self.options.model_name), chat=False)
 
     async def _chat_completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._answer(request, _ChatShape(self.options.model_name), chat=True)
+        return await self._answer(request, ChatShape(self.options.model_name), chat=True)
 
-    async def _answer(self, request: web.Request, shape: _Shape, *, chat: bool) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, shape: CompletionShape, *, chat: bool) -> web.StreamResponse:
         arrival = time.perf_counter()
         if self.closed is not None:
             raise _unavailable(self.closed)
         body = await self._body(request)
-        job = _read_job(_Fields(body), self.backend, self.options, chat=chat)
+        job = read_job(body, self.backend, self.options, chat=chat)
         if self.closed is not None:
             raise _unavailable(self.closed)
         if self.answers + job.answers > self.options.max_concurrent:
@@ -927,7 +431,7 @@ class Server:
         except Exception as error:
             arrived.put_nowait(error)
 
-    async def _whole(self, shape: _Shape, job: Job, deltas: AsyncIterator[Delta]) -> web.Response:
+    async def _whole(self, shape: CompletionShape, job: Job, deltas: AsyncIterator[Delta]) -> web.Response:
         texts: list[list[str]] = [[job.echo[i // job.n]] for i in range(job.answers)]
         tokens: list[list[Token]] = [[] for _ in range(job.answers)]
         generated, finish = [0] * job.answers, [""] * job.answers
@@ -939,10 +443,10 @@ class Server:
             shape.choice(i, "".join(texts[i]), finish[i], tokens[i] if job.log_probs else None)
             for i in range(job.answers)
         ]
-        return web.json_response(shape.answer(choices, _usage(sum(map(len, job.prompts)), sum(generated))))
+        return web.json_response(shape.answer(choices, usage_of(sum(map(len, job.prompts)), sum(generated))))
 
     async def _streamed(
-        self, request: web.Request, shape: _Shape, job: Job, deltas: AsyncIterator[Delta]
+        self, request: web.Request, shape: CompletionShape, job: Job, deltas: AsyncIterator[Delta]
     ) -> web.StreamResponse:
         response = web.StreamResponse(
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -969,7 +473,7 @@ class Server:
                 chunk = shape.chunk(delta, delta.tokens if job.log_probs else None)
                 await send(shape.answer([chunk], None, stream=True))
             if job.usage_in_stream:
-                await send(shape.answer([], _usage(sum(map(len, job.prompts)), sum(generated)), stream=True))
+                await send(shape.answer([], usage_of(sum(map(len, job.prompts)), sum(generated)), stream=True))
             await send("[DONE]")
         except Refusal as refusal:
             if not response.prepared:

@@ -93,6 +93,7 @@ def _generate(loaded, prompts: list[str], args: argparse.Namespace) -> None:
     from megatron_dmc.cache import PagedCache
     from megatron_dmc.context import cache_shape
     from megatron_dmc.llm import LLM
+    from megatron_dmc.openai_answers import AnswerText, Tokens
 
     tokenizer = loaded.tokenizer
     tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
@@ -134,9 +135,10 @@ def _generate(loaded, prompts: list[str], args: argparse.Namespace) -> None:
 
     for index, prompt in enumerate(prompts):
         print(prompt, end="", flush=True)
-        for piece in _text(follow(index), tokenizer):
-            print(piece, end="", flush=True)
-        print(flush=True)
+        text = AnswerText(tokenizer.detokenize)
+        for token in follow(index):
+            print(text.add(Tokens([token]))[0], end="", flush=True)
+        print(text.end()[0], flush=True)
     _report(llm)
 
 
@@ -153,17 +155,3 @@ def _report(llm) -> None:
         file=sys.stderr,
         flush=True,
     )
-
-
-def _text(tokens: Iterator[int], tokenizer) -> Iterator[str]:
-    """The text of the tokens as it becomes certain: a character of several bytes waits for its last one."""
-    so_far: list[int] = []
-    printed = ""
-    for token in tokens:
-        so_far.append(token)
-        text = tokenizer.detokenize(so_far)
-        if not text.endswith("\ufffd") and text.startswith(printed):
-            yield text[len(printed) :]
-            printed = text
-    rest = tokenizer.detokenize(so_far) if so_far else ""
-    yield rest[len(printed) :]

@@ -65,7 +65,8 @@ def main() -> None:
     emulate_cuda()
     try:
         from megatron_dmc import messages  # noqa: F401
-        from megatron_dmc.server import EngineBackend, ServerOptions, run
+        from megatron_dmc.openai_requests import ServerOptions
+        from megatron_dmc.server import EngineBackend, run
     except ModuleNotFoundError as error:
         raise DMCError(f'serving needs the package {error.name}: pip install "megatron-dmc[serve]"') from error
     from megatron_dmc.llm import AsyncLLM
