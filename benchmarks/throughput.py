@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--commit", help="to note where the checkout has no history")
     args = parser.parse_args()
 
-    from megatron_dmc.checkpoint import _start_one_process
+    from megatron_dmc.checkpoint import start_megatron
     from megatron_dmc.cpu import emulate_cuda
 
     on_gpu = torch.cuda.is_available()
@@ -372,7 +372,7 @@ def main() -> None:
         from megatron.core.inference.contexts import dynamic_context
 
         dynamic_context.triton_append_key_value_cache = None
-    _start_one_process()
+    start_megatron()
     failures: dict[str, str] = {}
     result = dict(
         circumstances(args.commit), spec=args.spec, steps=STEPS, shapes={}, ratios={}, failures=failures,

@@ -1,8 +1,9 @@
-"""Open a checkpoint of Megatron's distributed format in one process, whatever layout it was trained in."""
+"""Open a checkpoint of Megatron's distributed format to generate from it, whatever layout it was trained in."""
 
 from __future__ import annotations
 
 import atexit
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +15,7 @@ import torch
 from megatron_dmc.config import DMCConfig, DMCError
 from megatron_dmc.cpu import CPU_ARGUMENTS, default_environment
 
-ONE_PROCESS = dict(
-    rank=0,
-    world_size=1,
-    data_parallel_size=1,
-    tensor_model_parallel_size=1,
-    pipeline_model_parallel_size=1,
+NOT_THE_MODEL = dict(
     virtual_pipeline_model_parallel_size=None,
     num_layers_per_virtual_pipeline_stage=None,
     num_virtual_stages_per_pipeline_rank=None,
@@ -28,7 +24,11 @@ ONE_PROCESS = dict(
     decoder_last_pipeline_num_layers=None,
     context_parallel_size=1,
     expert_model_parallel_size=1,
-    expert_tensor_parallel_size=1,
+    expert_tensor_parallel_size=None,
+    tensor_parallel_num_weight_shards=None,
+    expert_tensor_parallel_num_weight_shards=None,
+    gtp_weight_remat_size=1,
+    expert_gtp_weight_remat_size=1,
     sequence_parallel=False,
     tp_comm_overlap=False,
     recompute_granularity=None,
@@ -38,7 +38,7 @@ ONE_PROCESS = dict(
     gradient_accumulation_fusion=False,
     spec=None,
 )
-"""Arguments of a training run that do not concern the model itself, set for one process."""
+"""Arguments of a training run that do not concern the model itself, as generation needs them."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class LoadedModel:
     Attributes:
         model: Megatron's `GPTModel`.
         tokenizer: Megatron's tokenizer of the training run, or the one asked for.
-        args: the arguments that the checkpoint holds, adapted to this process.
+        args: the arguments that the checkpoint holds, adapted to this process and its layout.
         dmc: DMC's settings, `dmc_stage` `None` for a model without.
     """
 
@@ -82,16 +82,27 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
-def load(path: str | Path, *, tokenizer_model: str | None = None, need_dmc: bool = True) -> LoadedModel:
+def load(
+    path: str | Path,
+    *,
+    tokenizer_model: str | None = None,
+    need_dmc: bool = True,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+) -> LoadedModel:
     """Load a checkpoint onto the GPU, or onto the CPU (in float32) where there is none.
+
+    Under torchrun every rank calls this, and gets its part of the model.
 
     Args:
         path: see `find_checkpoint`.
         tokenizer_model: another place of the tokenizer than the one it had in training.
         need_dmc: refuse a checkpoint that has not been through `retrofit`.
+        tensor_model_parallel_size, pipeline_model_parallel_size: the layout here, whatever it was in training; see
+            `start_megatron`.
 
     Raises:
-        DMCError: for a checkpoint, tokenizer or model that does not fit.
+        DMCError: for a checkpoint, tokenizer or model that does not fit, or a layout that does not.
     """
     from megatron.core import dist_checkpointing
 
@@ -104,8 +115,9 @@ def load(path: str | Path, *, tokenizer_model: str | None = None, need_dmc: bool
         stage = f"only been through stage {dmc.dmc_stage}" if dmc.dmc_stage else "not been trained with DMC"
         raise DMCError(f"{path} has {stage}: its cache does not compress before the stage retrofit")
     padding = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    _adapt(args)
-    _start_one_process()
+    _check_layout(args, tensor_model_parallel_size, pipeline_model_parallel_size)
+    start_megatron(tensor_model_parallel_size, pipeline_model_parallel_size)
+    _adapt(args, tensor_model_parallel_size, pipeline_model_parallel_size)
     tokenizer = _tokenizer(args, tokenizer_model, padding)
     model = _build(args, dmc)
     _read(model, path)
@@ -134,9 +146,29 @@ def _read(model: torch.nn.Module, path: Path) -> None:
         raise DMCError(f"{path} does not fit the model that its arguments describe: {', '.join(left)}")
 
 
-def _adapt(args: Namespace) -> None:
-    """From the training run's machine and layout to this process."""
-    vars(args).update(ONE_PROCESS)
+def _check_layout(args: Namespace, tp: int, pp: int) -> None:
+    """Whether a model can be split so; before any rank waits for another."""
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    for size, name, count, what in (
+        (tp, "tensor_model_parallel_size", groups, "KV heads"),
+        (pp, "pipeline_model_parallel_size", args.num_layers, "layers"),
+    ):
+        if size < 1 or count % size:
+            raise DMCError(f"{name} must divide the model's {count} {what}; got {size}")
+
+
+def _adapt(args: Namespace, tp: int, pp: int) -> None:
+    """From the training run's machine and layout to this process and its own."""
+    from megatron.core import parallel_state
+
+    vars(args).update(
+        NOT_THE_MODEL,
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+    )
     if torch.cuda.get_device_name() == "CPU":  # emulated
         vars(args).update(CPU_ARGUMENTS, bf16=False, fp16=False, params_dtype=torch.float32, fp8=None)
         return
@@ -146,17 +178,44 @@ def _adapt(args: Namespace) -> None:
         args.transformer_impl, args.no_persist_layer_norm = "local", True
 
 
-def _start_one_process() -> None:
+def start_megatron(tensor_model_parallel_size: int = 1, pipeline_model_parallel_size: int = 1) -> None:
+    """Megatron's process groups: of torchrun's ranks, or of this process alone. What is left of them is data parallel.
+
+    Raises:
+        DMCError: for a number of processes that is no multiple of the layout, and where Megatron has been started with
+            another one.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
+    sizes = (tensor_model_parallel_size, pipeline_model_parallel_size)
     default_environment()
+    world = int(os.environ["WORLD_SIZE"])
+    if world % (sizes[0] * sizes[1]):
+        raise DMCError(
+            f"{sizes[0]} tensor-parallel ranks of {sizes[1]} pipeline stages need a multiple of {sizes[0] * sizes[1]} "
+            f"processes, and there are {world}: torchrun --nproc-per-node {sizes[0] * sizes[1]} …"
+        )
     if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
-        atexit.register(torch.distributed.destroy_process_group)
+        if world == 1:
+            torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        else:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group("nccl")
+        atexit.register(_end_process_groups)
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(*sizes)
         tensor_parallel.model_parallel_cuda_manual_seed(0)
+    started = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if started != sizes:
+        raise DMCError(f"Megatron has been started with {started} tensor and pipeline ranks; asked for are {sizes}")
+
+
+def _end_process_groups() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _tokenizer(args: Namespace, tokenizer_model: str | None, padding: int) -> Any:
@@ -178,6 +237,8 @@ def _tokenizer(args: Namespace, tokenizer_model: str | None, padding: int) -> An
             f"the tokenizer {args.tokenizer_model} has {tokenizer.vocab_size} tokens, the model an embedding of "
             f"{trained_with}: give the tokenizer that the model was trained with"
         )
+    tp = args.tensor_model_parallel_size
+    args.padded_vocab_size = -(-trained_with // tp) * tp  # Megatron's checkpoints allow for another padding
     return tokenizer
 
 

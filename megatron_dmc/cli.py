@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import warnings
 
@@ -35,6 +36,13 @@ examples:
 megatron-dmc COMMAND --help explains one command. On a machine without a GPU everything runs on the CPU."""
 
 
+def quiet() -> None:
+    """Without what Megatron and others say about their setup; nor do the processes that this one starts."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Run the command that the command line names."""
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -49,8 +57,7 @@ def main() -> None:
         sys.exit(f"megatron-dmc: no command {command!r}; there are {', '.join(COMMANDS)}")
     sys.argv = [f"megatron-dmc {command}", *sys.argv[2:]]
     if command != "train":  # there, what Megatron has to say about its setup is worth reading
-        warnings.filterwarnings("ignore")
-        logging.getLogger("megatron").setLevel(logging.ERROR)
+        quiet()
     try:
         importlib.import_module(f"megatron_dmc.commands.{command.replace('-', '_')}").main()
     except DMCError as error:

@@ -70,12 +70,12 @@ def _classes_of_dmc(model: Any, fp8: bool, coordinator: bool) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         if coordinator:
             try:
-                from megatron_dmc import messages
+                from megatron_dmc import messages, serving_engine
             except ModuleNotFoundError as error:
                 raise DMCError(
                     f'a coordinator needs the package {error.name}: pip install "megatron-dmc[serve]"'
                 ) from error
-            engine = messages.ServingEngine
+            engine = serving_engine.ServingEngine
             patches.enter_context(mock.patch.object(inference_client, "InferenceClient", messages.StreamingClient))
         patches.enter_context(
             mock.patch.multiple(
@@ -95,6 +95,10 @@ class _FromCheckpoint:
         checkpoint: a checkpoint of the stage retrofit or finetune (`megatron_dmc.checkpoint.load`), or what `load`
             returned.
         tokenizer_model: where the tokenizer is now, if it has moved since training.
+        tensor_model_parallel_size, pipeline_model_parallel_size: how torchrun's ranks split the model; what is left of
+            them is data parallel. Every rank constructs the object with the same arguments. Without the coordinator
+            all of them generate, each the same text of the same prompts; with it, rank 0 alone may be asked
+            (`is_primary_rank`) and the others wait (`wait_for_shutdown`).
         cache_fp8: store the cache's entries in 8 bits.
         use_coordinator, coordinator_host, coordinator_port: Megatron's coordinator, which deals requests out to
             data-parallel ranks.
@@ -111,6 +115,8 @@ class _FromCheckpoint:
         checkpoint: str | Path | LoadedModel,
         *,
         tokenizer_model: str | None = None,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
         cache_fp8: bool = False,
         use_coordinator: bool = True,
         coordinator_host: str | None = None,
@@ -121,7 +127,12 @@ class _FromCheckpoint:
     ) -> None:
         loaded = checkpoint
         if not isinstance(loaded, LoadedModel):
-            loaded = load(checkpoint, tokenizer_model=tokenizer_model)
+            loaded = load(
+                checkpoint,
+                tokenizer_model=tokenizer_model,
+                tensor_model_parallel_size=tensor_model_parallel_size,
+                pipeline_model_parallel_size=pipeline_model_parallel_size,
+            )
         self.loaded = loaded
         limit = loaded.args.max_position_embeddings
         length = limit if max_sequence_length is None else max_sequence_length

@@ -1,8 +1,8 @@
 """An HTTP server in front of the engine, with OpenAI's interface for completions and chat.
 
-`build_app` makes the aiohttp application over any `Backend`; `EngineBackend` is the one over `AsyncLLM`; `run` listens,
-lets running requests finish when the process is asked to end, and ends the process when the engine has died. Neither
-prompts nor answers are ever logged.
+`run` serves over any `Backend` (`megatron_dmc.front_end` has the one over the engine): it answers while there is none
+yet, lets running requests finish when it is asked to end, and ends when the engine has died. Neither prompts nor
+answers are ever logged.
 """
 
 from __future__ import annotations
@@ -13,22 +13,18 @@ import hmac
 import ipaddress
 import json
 import logging
-import signal
+import socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol
 
 import prometheus_client
 from aiohttp import web
-from megatron.core.inference.inference_request import Status
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from megatron_dmc.config import DMCError
-from megatron_dmc.engine import failure
 from megatron_dmc.openai_answers import AnswerText, ChatShape, CompletionShape, Delta, Token, Tokens, usage_of
 from megatron_dmc.openai_requests import Job, Refusal, RequestFailed, ServerOptions, read_job
 
@@ -64,118 +60,43 @@ class Backend(Protocol):
     def generate(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Tokens]:
         """Generate as an asynchronous generator; closing it cancels the request. Raises `RequestFailed`."""
 
-    async def died(self) -> str:
-        """Return when the engine cannot serve any more, with the reason."""
-
     def numbers(self) -> Mapping[str, float]:
-        """The state of the engine by the names in `ENGINE_NUMBERS`."""
+        """The state of the engine by the names in `ENGINE_NUMBERS`, as far as it is known."""
 
 
-class EngineBackend:
-    """`Backend` over an `AsyncLLM`, whose engine runs on an event loop in a thread of its own."""
+class Orders:
+    """What `run` is told from outside."""
 
-    def __init__(self, llm) -> None:
-        self._llm = llm
-        self._tokenizer = llm.controller.tokenizer
-        self._loop = llm._loop_manager.loop
-        self._client = llm._coord_runtime.client
-        self.vocabulary = self._tokenizer.vocab_size
-        self.end = getattr(self._tokenizer, "eod", None)
-        self.max_sequence_length = llm.context.max_sequence_length
+    def __init__(self) -> None:
+        self._once, self._twice = asyncio.Event(), asyncio.Event()
+        self._dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    def tokenize(self, text: str) -> list[int]:
-        try:
-            return self._tokenizer.tokenize(text)
-        except ValueError as error:  # a tokenizer of numbers, for instance
-            raise RequestFailed("the model's tokenizer cannot take this text") from error
+    def end(self) -> None:
+        """Take no request any more, and end once those that run have ended; the second time, end."""
+        (self._twice if self._once.is_set() else self._once).set()
 
-    def detokenize(self, tokens: list[int]) -> str:
-        return TextGenerationController.detokenize(self._tokenizer, tokens, remove_EOD=False)
+    def died(self, reason: str) -> None:
+        """The engine cannot serve any more."""
+        if not self._dead.done():
+            self._dead.set_result(reason)
 
-    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
-        library = getattr(self._tokenizer, "_tokenizer", None)
-        template = getattr(self._tokenizer, "chat_template", None)
-        template = template or getattr(getattr(library, "tokenizer", None), "chat_template", None)
-        if not template:
-            raise RequestFailed("the model's tokenizer has no chat template: use /v1/completions")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # whatever the template, a program of its own, makes of the messages
-            raise RequestFailed(f"the tokenizer's chat template cannot take these messages: {error}") from error
-        return self.tokenize(text)
+    @property
+    def dead(self) -> str | None:
+        """Why the engine cannot, if it has died."""
+        return self._dead.result() if self._dead.done() else None
 
-    async def generate(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Tokens]:
-        here = asyncio.get_running_loop()
-        arrived: asyncio.Queue = asyncio.Queue()
-        request_id = None
+    async def first_of(self, *others: Coroutine) -> None:
+        """Return when the engine has died or one of `others` has ended; the rest of them is cancelled."""
+        tasks = [asyncio.ensure_future(other) for other in others]
+        await asyncio.wait([self._dead, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
 
-        def put(item: Any) -> None:
-            here.call_soon_threadsafe(arrived.put_nowait, item)
+    async def asked_to_end(self) -> None:
+        await self._once.wait()
 
-        def submit() -> None:
-            nonlocal request_id
-            request_id, reply = self._client.stream_request(prompt, params, lambda *new: put(Tokens(*new)))
-            reply.add_done_callback(put)
-
-        def cancel() -> None:
-            self._client.cancel(request_id)
-
-        self._loop.call_soon_threadsafe(submit)
-        sent, ended = 0, False
-        try:
-            while not ended:
-                item = await arrived.get()
-                if ended := not isinstance(item, Tokens):
-                    item = _rest(item.result(), sent)
-                sent += len(item.tokens)
-                if item.tokens:
-                    yield item
-        finally:
-            if not ended:
-                self._loop.call_soon_threadsafe(cancel)
-
-    async def died(self) -> str:
-        engine = self._llm.engine
-        while True:
-            if engine.engine_loop_task.done() or not self._llm._loop_manager._thread.is_alive():
-                return "the engine has ended"
-            if not engine.inference_coordinator_process.is_alive():
-                return "the coordinator's process has ended"
-            await asyncio.sleep(0.2)
-
-    def numbers(self) -> Mapping[str, float]:
-        context = self._llm.context
-        return {
-            "running_requests": context.total_request_count,
-            "waiting_requests": len(self._llm.engine.waiting_request_ids),
-            "compression_ratio": context.account.ratio,
-            "pages": len(context.cache.pages),
-            "free_pages": round(context.account.free * context.cache.shape.layers * context.cache.shape.kv_heads),
-            "evictions": self._llm.engine.evicted_request_count,
-        }
-
-    async def close(self) -> None:
-        """End the engine and its coordinator."""
-        process = self._llm.engine.inference_coordinator_process
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10):
-                await self._llm.shutdown()
-        await asyncio.to_thread(process.join, 2)  # the message that ends it may have been lost with its socket
-        self.kill()
-
-    def kill(self) -> None:
-        """End the coordinator, whatever state it is in."""
-        self._llm.engine.inference_coordinator_process.kill()
-
-
-def _rest(request, sent: int) -> Tokens:
-    """What an ended request has beyond the tokens that came before."""
-    if request.status == Status.FAILED:
-        raise RequestFailed(failure(request))
-    values = (request.generated_tokens, request.generated_log_probs, request.generated_top_n_logprobs)
-    return Tokens(*((found or [])[sent:] for found in values))
+    async def asked_again(self) -> None:
+        await self._twice.wait()
 
 
 def _unavailable(message: str) -> Refusal:
@@ -196,7 +117,7 @@ ENGINE_NUMBERS = {
 class _Metrics:
     """What /metrics shows."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, server: Server) -> None:
         self.registry = prometheus_client.CollectorRegistry()
         common = dict(namespace="megatron_dmc", registry=self.registry)
         self.requests = prometheus_client.Counter(
@@ -216,30 +137,34 @@ class _Metrics:
             buckets=(0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1),
             **common,
         )
-        self._backend = backend
+        self._server = server
         self.registry.register(self)
 
     def collect(self):
         """The engine's numbers, for Prometheus's registry."""
-        numbers = self._backend.numbers()
+        numbers = {} if self._server.backend is None else self._server.backend.numbers()
         for name, help in ENGINE_NUMBERS.items():
-            kind = CounterMetricFamily if name == "evictions" else GaugeMetricFamily
-            yield kind(f"megatron_dmc_{name}", help, value=numbers[name])
+            if name in numbers:
+                kind = CounterMetricFamily if name == "evictions" else GaugeMetricFamily
+                yield kind(f"megatron_dmc_{name}", help, value=numbers[name])
 
 
 class Server:
     """The handlers of the application, and what they share.
 
     Attributes:
+        backend: `None` until there is one.
         answers: how many are under way.
-        closed: why no request is taken any more, or `None`.
+        closed: why no request is taken, or `None`.
     """
 
-    def __init__(self, backend: Backend, options: ServerOptions) -> None:
-        self.backend, self.options = backend, options
+    backend: Backend | None = None
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
         self.answers = 0
-        self.closed: str | None = None
-        self._metrics = _Metrics(backend)
+        self.closed: str | None = "the model is being loaded"
+        self._metrics = _Metrics(self)
         self._began = int(time.time())
         self._running: set[asyncio.Queue] = set()
 
@@ -257,6 +182,10 @@ class Server:
             ]
         )
         return app
+
+    def open(self, backend: Backend) -> None:
+        """Let requests in."""
+        self.backend, self.closed = backend, None
 
     def abandon(self, reason: str) -> None:
         """End all running requests with the status 503, or where their answer has begun, with an error in it."""
@@ -318,6 +247,8 @@ class Server:
         return web.json_response({"status": "ready"})
 
     async def _models(self, request: web.Request) -> web.Response:
+        if self.backend is None:
+            raise _unavailable(self.closed)
         model = {
             "id": self.options.model_name,
             "object": "model",
@@ -496,85 +427,70 @@ def _reason(error: web.HTTPException, request: web.Request, options: ServerOptio
     return error.reason
 
 
-def build_app(backend: Backend, options: ServerOptions) -> web.Application:
-    """The application. It must run with aiohttp's `handler_cancellation`, for requests to end with their clients."""
-    return Server(backend, options).application()
+async def run(
+    backend: Coroutine[Any, Any, Backend], options: ServerOptions, listener: socket.socket, orders: Orders
+) -> bool:
+    """Serve until asked to end, or until the engine has died.
 
+    Asked to end, it takes no request any more, and those that run may finish for `drain_seconds`.
 
-async def run(backend: Backend, options: ServerOptions, host: str, port: int) -> bool:
-    """Serve until the process is asked to end, or the engine has died.
-
-    On SIGTERM or SIGINT no request is taken any more, and those that run may finish for `drain_seconds`; a second
-    signal ends them at once.
+    Args:
+        backend: what to await for the engine; until then, requests get the status 503.
+        options: the server's name and limits.
+        listener: the socket that it accepts connections from.
+        orders: how it is asked to end, and hears of the engine's death.
 
     Returns:
         whether the engine is still alive.
-
-    Raises:
-        DMCError: where the server cannot listen.
     """
-    server = Server(backend, options)
+    server = Server(options)
+    # Requests end with their clients: `handler_cancellation`.
     runner = web.AppRunner(
         server.application(), access_log=None, handler_cancellation=True, keepalive_timeout=30, shutdown_timeout=5
     )
     await runner.setup()
     try:
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as error:
-            raise DMCError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-        _announce(runner, options, host)
-        return await _serve(server)
+        await web.SockSite(runner, listener).start()
+        opening = asyncio.ensure_future(backend)
+        await orders.first_of(_ended(opening), orders.asked_to_end())
+        if not opening.done():
+            opening.cancel()
+            return orders.dead is None
+        server.open(opening.result())
+        _announce(runner, options)
+        return await _serve(server, orders)
     finally:
         await runner.cleanup()
 
 
-def _announce(runner: web.AppRunner, options: ServerOptions, host: str) -> None:
-    if options.api_key is None and not _loopback(host):
+async def _ended(task: asyncio.Future) -> None:
+    await asyncio.wait([task])
+
+
+def _announce(runner: web.AppRunner, options: ServerOptions) -> None:
+    address, port = runner.addresses[0][:2]
+    if options.api_key is None and not ipaddress.ip_address(address).is_loopback:
         print(
-            f"megatron-dmc: warning: everyone who reaches {host} may use this server; set MEGATRON_DMC_API_KEY to "
+            f"megatron-dmc: warning: everyone who reaches {address} may use this server; set MEGATRON_DMC_API_KEY to "
             "ask for a key",
             file=sys.stderr,
         )
-    address, port = runner.addresses[0][:2]
     shown = f"[{address}]" if ":" in address else address
     print(f"megatron-dmc: serving {options.model_name} on http://{shown}:{port}", file=sys.stderr, flush=True)
 
 
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-async def _serve(server: Server) -> bool:
-    """Until a signal or the engine's death, and what follows; returns whether the engine is alive."""
-    asked: asyncio.Queue = asyncio.Queue()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.put_nowait, number)
-    died = asyncio.create_task(server.backend.died())
-
-    async def first_of(*others) -> None:
-        tasks = [asyncio.create_task(other) for other in others]
-        await asyncio.wait([died, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
-
-    await first_of(asked.get())
-    if not died.done():
+async def _serve(server: Server, orders: Orders) -> bool:
+    """Until the end, and what follows; returns whether the engine is alive."""
+    await orders.first_of(orders.asked_to_end())
+    if orders.dead is None:
         server.closed = "the server is about to end"
-        await first_of(server.idle(), asked.get(), asyncio.sleep(server.options.drain_seconds))
-    alive = not died.done()
-    if alive:
-        died.cancel()
+        await orders.first_of(server.idle(), orders.asked_again(), asyncio.sleep(server.options.drain_seconds))
+    if orders.dead is None:
         server.abandon("the server has ended")
     else:
-        server.closed = died.result()
-        print(f"megatron-dmc serve: {died.result()}", file=sys.stderr, flush=True)
-        server.abandon(died.result())
+        server.closed = orders.dead
+        server.abandon(orders.dead)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(5):
             await server.idle()
-    return alive
+    return orders.dead is None

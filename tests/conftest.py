@@ -36,11 +36,11 @@ def emulated_kernels(tmp_path_factory):
 @pytest.fixture(scope="session")
 def megatron():
     """One process of Megatron: on the GPU, or emulated on the CPU."""
-    from megatron_dmc.checkpoint import _start_one_process
+    from megatron_dmc.checkpoint import start_megatron
     from megatron_dmc.cpu import emulate_cuda
 
     emulate_cuda()
-    _start_one_process()
+    start_megatron()
 
 
 @pytest.fixture(autouse=True)

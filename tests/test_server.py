@@ -11,13 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
-from runs import ROOT, UNDECIDED, dmc, environment, train
+from runs import ROOT, UNDECIDED, dmc, environment, launcher, train
 from test_engine import (
     Letters,
     everything_returned,
@@ -28,10 +29,12 @@ from test_engine import (
     without_cache,
 )
 
+from megatron_dmc.commands.serve import end_engine
 from megatron_dmc.config import DMCError
+from megatron_dmc.front_end import EngineAddress, EngineBackend, listen
 from megatron_dmc.openai_answers import AnswerText, Tokens
 from megatron_dmc.openai_requests import RequestFailed, ServerOptions
-from megatron_dmc.server import run
+from megatron_dmc.server import Orders, run
 
 END = 256
 
@@ -50,7 +53,7 @@ class Bytes:
     def __init__(self, answer="ok", step=1, refuses=None, template=True):
         self.answer, self.step, self.refuses, self.template = answer, step, refuses, template
         self.seen, self.cancelled = [], 0
-        self.proceed, self.death = threading.Event(), threading.Event()
+        self.proceed = threading.Event()
         self.proceed.set()
 
     def tokenize(self, text):
@@ -81,11 +84,6 @@ class Bytes:
         finally:
             self.cancelled += not ended
 
-    async def died(self):
-        while not self.death.is_set():
-            await asyncio.sleep(0.005)
-        return "the engine has ended"
-
     def numbers(self):
         return dict.fromkeys(
             ("running_requests", "waiting_requests", "compression_ratio", "pages", "free_pages", "evictions"), 7.0
@@ -107,34 +105,50 @@ def until(condition):
     raise AssertionError("it has not come to pass")
 
 
-def end():
-    os.kill(os.getpid(), signal.SIGTERM)
+class Told:
+    """`Orders` that any thread may give."""
+
+    def __init__(self, orders):
+        self._orders, self._loop = orders, asyncio.get_running_loop()
+
+    def end(self):
+        self._loop.call_soon_threadsafe(self._orders.end)
+
+    def died(self, reason):
+        self._loop.call_soon_threadsafe(self._orders.died, reason)
 
 
 def serving(client, backend, *, ends=True, **options):
-    """What `client` returns, called with the server's address, and whether the engine was alive at the end.
+    """What `client` returns, called with the server's address and orders, and whether the engine was alive at the end.
 
     The server runs meanwhile, and is asked to end after it if `ends`.
+
+    Args:
+        backend: the server's `Backend`, or a coroutine of it.
     """
-    port = free_port()
 
     async def main():
-        served = asyncio.create_task(run(backend, ServerOptions("tiny", **options), "127.0.0.1", port))
-
-        def listening():
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                return True
-
-        await asyncio.to_thread(until, listening)
+        nonlocal backend
+        listener = listen("127.0.0.1", 0)
+        if not asyncio.iscoroutine(backend):
+            backend = _itself(backend)
+        orders = Orders()
+        told = Told(orders)
+        address = "http://{}:{}".format(*listener.getsockname())
+        served = asyncio.create_task(run(backend, ServerOptions("tiny", **options), listener, orders))
         try:
-            result = await asyncio.to_thread(client, f"http://127.0.0.1:{port}")
+            result = await asyncio.to_thread(client, address, told)
         finally:
             if ends:
-                end()
+                orders.end()
             alive = await asyncio.wait_for(served, 60)
         return result, alive
 
     return asyncio.run(main())
+
+
+async def _itself(x):
+    return x
 
 
 def post(address, path="/v1/completions", **body):
@@ -145,6 +159,11 @@ def said(address, key="none"):
     return openai.OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=60)
 
 
+def told(metrics):
+    """What /metrics says of the engine, by name."""
+    return dict(re.findall(r"^megatron_dmc_(\S+) (\S+)$", metrics, re.MULTILINE))
+
+
 def chunks(stream):
     return [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
 
@@ -152,7 +171,7 @@ def chunks(stream):
 def test_completions_with_openais_client():
     backend = Bytes("né ok")
 
-    def client(address):
+    def client(address, orders):
         create = said(address).completions.create
         one = create(model="tiny", prompt="abc", max_tokens=50, temperature=0)
         several = create(model="tiny", prompt=[[1, 2], [3]], n=2, max_tokens=4, top_p=0.5, echo=True)
@@ -192,7 +211,7 @@ def test_chat_with_openais_client():
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
     ]
 
-    def client(address):
+    def client(address, orders):
         create = said(address).chat.completions.create
         one = create(model="tiny", messages=messages, logprobs=True, top_logprobs=2, max_completion_tokens=3)
         return one, list(create(model="tiny", messages=messages, stream=True, n=2))
@@ -217,7 +236,7 @@ def test_stop_words(step):
     """Cut in the text, whatever the tokens, and streamed as unstreamed; what only looks like one is kept."""
     backend = Bytes("one STO two ST€OPPED", step=step)
 
-    def client(address):
+    def client(address, orders):
         asked = dict(max_tokens=60, stop=["STOP", "€OP"], logprobs=0)
         stream = post(address, stream=True, **asked)
         assert stream.text.endswith("data: [DONE]\n\n")
@@ -293,7 +312,7 @@ def test_bad_requests():
     """Each gets a message of its own, and none reaches the engine."""
     backend = Bytes()
 
-    def client(address):
+    def client(address, orders):
         for body, message, param in BAD:
             answer = httpx.post(f"{address}/v1/completions", content=json.dumps({"prompt": "hi"} | body))
             yield body, answer, message, param
@@ -303,7 +322,7 @@ def test_bad_requests():
             yield content[:5], httpx.post(f"{address}/v1/completions", content=content), "is not JSON", None
         yield "[]", httpx.post(f"{address}/v1/completions", content=b"[]"), "must be a JSON object; got a list", None
 
-    found, _ = serving(lambda address: list(client(address)), backend)
+    found, _ = serving(lambda *given: list(client(*given)), backend)
     for body, answer, message, param in found:
         error = answer.json()["error"]
         assert answer.status_code == 400, (body, answer.text)
@@ -315,7 +334,7 @@ def test_bad_requests():
 def test_other_statuses():
     backend = Bytes(template=False)
 
-    def client(address):
+    def client(address, orders):
         chat = httpx.post(f"{address}/v1/chat/completions", json={"messages": [{"role": "user", "content": "x"}]})
         return [
             (404, httpx.get(f"{address}/nothing"), "nothing at this path"),
@@ -338,7 +357,7 @@ def test_other_statuses():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_the_engine_refuses(stream):
-    answer, _ = serving(lambda address: post(address, stream=stream), Bytes(refuses="too large for the pool"))
+    answer, _ = serving(lambda address, _: post(address, stream=stream), Bytes(refuses="too large for the pool"))
     assert answer.status_code == 400 and answer.json()["error"]["message"] == "too large for the pool"
 
 
@@ -349,13 +368,13 @@ def test_mistakes_of_the_server_quote_nothing(stream, caplog, monkeypatch):
         yield
 
     monkeypatch.setattr(Bytes, "generate", broken)
-    answer, _ = serving(lambda address: post(address, prompt=[42], stream=stream), Bytes())
+    answer, _ = serving(lambda address, _: post(address, prompt=[42], stream=stream), Bytes())
     assert answer.status_code == 500 and "RuntimeError" in caplog.text
     assert "42]" not in caplog.text and "42]" not in answer.text
 
 
 def test_keys():
-    def client(address):
+    def client(address, orders):
         paths = ("/v1/models", "/metrics", "/nothing", "/health", "/ready")
         without = [httpx.get(address + path).status_code for path in paths]
         with pytest.raises(openai.AuthenticationError) as wrong:
@@ -371,7 +390,7 @@ def test_too_many_requests():
     backend = Bytes()
     backend.proceed.clear()
 
-    def client(address):
+    def client(address, orders):
         first = threading.Thread(target=post, args=(address,), kwargs=dict(n=2))
         first.start()
         until(lambda: len(backend.seen) == 2)
@@ -393,7 +412,7 @@ def test_a_client_that_leaves_cancels(stream):
     backend = Bytes("x" * 60)
     backend.proceed.clear()
 
-    def client(address):
+    def client(address, orders):
         with contextlib.suppress(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(60, read=0.5)) as session:
             body = {"prompt": ["a", "b"], "max_tokens": 60, "stream": stream}
             with session.stream("POST", f"{address}/v1/completions", json=body) as answer:
@@ -410,7 +429,7 @@ def test_time_limits():
     backend = Bytes("x" * 60)
     backend.proceed.clear()
 
-    def client(address):
+    def client(address, orders):
         whole = post(address)
         stream = post(address, stream=True).text
         host, port = address.removeprefix("http://").split(":")
@@ -431,12 +450,12 @@ def test_drain(in_time):
     backend = Bytes("x" * 60)
     backend.proceed.clear()
 
-    def client(address):
+    def client(address, orders):
         answers = []
         thread = threading.Thread(target=lambda: answers.append(post(address, max_tokens=60)))
         thread.start()
         until(lambda: backend.seen)
-        end()
+        orders.end()
         until(lambda: httpx.get(f"{address}/ready").status_code == 503)
         refused = post(address)
         alive = httpx.get(f"{address}/health").status_code
@@ -452,11 +471,11 @@ def test_drain(in_time):
     assert backend.cancelled == (0 if in_time else 1)
 
 
-def test_a_dead_engine_ends_the_server(capsys):
+def test_a_dead_engine_ends_the_server():
     backend = Bytes("x" * 60)
     backend.proceed.clear()
 
-    def client(address):
+    def client(address, orders):
         answers = []
         threads = [
             threading.Thread(target=lambda s=stream: answers.append((s, post(address, stream=s))))
@@ -466,19 +485,19 @@ def test_a_dead_engine_ends_the_server(capsys):
             thread.start()
         until(lambda: len(backend.seen) == 2)
         time.sleep(0.2)  # for the stream's first chunk
-        backend.death.set()
+        orders.died("the engine has ended")
         for thread in threads:
             thread.join()
         return dict(answers)
 
     answers, alive = serving(client, backend, ends=False)
-    assert not alive and "the engine has ended" in capsys.readouterr().err
+    assert not alive
     assert answers[False].status_code == 503
     assert "the engine has ended" in answers[True].text and "[DONE]" not in answers[True].text
 
 
 def test_metrics():
-    def client(address):
+    def client(address, orders):
         post(address, prompt="abc")
         post(address, prompt="")
         httpx.get(f"{address}/nothing")
@@ -505,7 +524,7 @@ def test_a_port_that_is_taken():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(DMCError, match=f"cannot listen on 127.0.0.1:{port}"):
-            asyncio.run(run(Bytes(), ServerOptions("tiny"), "127.0.0.1", port))
+            listen("127.0.0.1", port)
 
 
 # The real engine.
@@ -515,7 +534,6 @@ def test_through_the_coordinator(megatron, fresh_seed):
     """The same text as from `LLM`, streamed and not; requests given up leave nothing behind."""
     from megatron_dmc.checkpoint import LoadedModel
     from megatron_dmc.llm import LLM, AsyncLLM
-    from megatron_dmc.server import EngineBackend
 
     model = model_of()
     args = SimpleNamespace(position_embedding_type="rope", max_position_embeddings=64)
@@ -527,10 +545,15 @@ def test_through_the_coordinator(megatron, fresh_seed):
     longest = max(range(len(texts)), key=lambda i: len(texts[i]))  # others may end at once
     word = texts[longest][2:4]
     llm = AsyncLLM(loaded, coordinator_host="127.0.0.1", **settings)
-    backend = EngineBackend(llm)
+    backends = []
+
+    async def backend():
+        backends.append(EngineBackend(EngineAddress.of(llm)))
+        return backends[0]
+
     try:
 
-        def client(address):
+        def client(address, orders):
             asked = dict(prompt=prompts, max_tokens=30, temperature=0, logprobs=2)
             whole = post(address, **asked).json()
             pieces = chunks(post(address, stream=True, **asked).text)
@@ -540,9 +563,16 @@ def test_through_the_coordinator(megatron, fresh_seed):
             with contextlib.suppress(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(60, read=0.1)) as session:
                 session.post(f"{address}/v1/completions", json={"prompt": ["1"] * 50, "max_tokens": 59, "top_k": 5})
             until(lambda: not llm.engine.requests and not llm.context.total_request_count)
-            return whole, pieces, stopped, refused, chat, httpx.get(f"{address}/metrics").text
+            state = {
+                "running_requests": "0.0",
+                "waiting_requests": "0.0",
+                "free_pages": f"{len(llm.context.cache.pages)}.0",
+            }
+            state["compression_ratio"] = str(llm.context.account.ratio)
+            until(lambda: state.items() <= told(httpx.get(f"{address}/metrics").text).items())
+            return whole, pieces, stopped, refused, chat
 
-        (whole, pieces, stopped, refused, chat, metrics), alive = serving(client, backend)
+        (whole, pieces, stopped, refused, chat), alive = serving(client, backend())
         assert alive
         assert [c["text"] for c in whole["choices"]] == texts
         for index, choice in enumerate(whole["choices"]):
@@ -558,11 +588,12 @@ def test_through_the_coordinator(megatron, fresh_seed):
         assert stopped["choices"][0]["text"] == texts[longest][: texts[longest].index(word)]
         assert refused.status_code == 400
         assert chat.status_code == 400 and "no chat template" in chat.json()["error"]["message"]
-        assert float(re.search(r"^megatron_dmc_compression_ratio (\S+)", metrics, re.MULTILINE)[1]) > 1
-        assert llm.context.account.free > 0
+        assert llm.context.account.ratio > 1
         everything_returned(llm)
     finally:
-        asyncio.run(backend.close())
+        for opened in backends:
+            opened.close()
+        asyncio.run(end_engine(llm))
     assert not llm.engine.inference_coordinator_process.is_alive()
 
 
@@ -570,7 +601,6 @@ def test_streams_of_requests_that_give_way(megatron, fresh_seed, restless):  # n
     """Each token comes once, with its log-probability, and nothing of a stop word."""
     from megatron_dmc.checkpoint import LoadedModel
     from megatron_dmc.llm import AsyncLLM
-    from megatron_dmc.server import EngineBackend
 
     model, prompts = model_of(), prompts_of(25, 26, 27, 3, 1, 24, 9)
     args = SimpleNamespace(position_embedding_type="rope", max_position_embeddings=64)
@@ -582,9 +612,8 @@ def test_streams_of_requests_that_give_way(megatron, fresh_seed, restless):  # n
         LoadedModel(model, Letters(), args, None), coordinator_host="127.0.0.1", max_requests=4, max_step_tokens=16,
         max_sequence_length=60, cache_gib=0.01,
     )  # fmt: skip
-    backend = EngineBackend(llm)
 
-    async def stream(prompt, **changes):
+    async def stream(backend, prompt, **changes):
         tokens, log_probs = [], []
         async for piece in backend.generate(prompt, greedy(25, **changes)):
             tokens += piece.tokens
@@ -592,13 +621,15 @@ def test_streams_of_requests_that_give_way(megatron, fresh_seed, restless):  # n
         return tokens, log_probs
 
     async def main():
+        backend = EngineBackend(EngineAddress.of(llm))
         try:
             scored = dict(return_log_probs=True, skip_prompt_log_probs=True)
-            one = await asyncio.gather(*(stream(prompt, **scored) for prompt in prompts))
+            one = await asyncio.gather(*(stream(backend, prompt, **scored) for prompt in prompts))
             stop = [Letters().detokenize(word) for word in words]
-            return one, await asyncio.gather(*(stream(prompt, stop_words=stop) for prompt in prompts))
+            return one, await asyncio.gather(*(stream(backend, prompt, stop_words=stop) for prompt in prompts))
         finally:
-            await backend.close()
+            backend.close()
+            await end_engine(llm)
 
     scored, stopped = asyncio.run(main())
     assert [tokens for tokens, _ in scored] == free
@@ -611,11 +642,12 @@ def test_streams_of_requests_that_give_way(megatron, fresh_seed, restless):  # n
 
 
 class Command:
-    """A server of its own process, on a free port."""
+    """A server on a free port: a process of its own, or one for each rank."""
 
-    def __init__(self, *flags):
+    def __init__(self, *flags, ranks=1):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_dmc", "serve", *map(str, flags), "--port", "0", "--cache-gib", "0.05"],
+            [sys.executable, *map(str, launcher(ranks)), "-m", "megatron_dmc", "serve", *map(str, flags),
+             "--port", "0", "--cache-gib", "0.05"],
             env=environment(), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -627,37 +659,110 @@ class Command:
                 return found[1]
         raise AssertionError("".join(seen)[-5000:])
 
-    def coordinator(self):
-        """The process that holds the coordinator: a child, as is Python's resource tracker."""
-        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text():
-                    return int(child)
-        raise AssertionError("there is no coordinator")
+    def descendants(self):
+        """The processes below, by number, and how they were called."""
+        found, seen = {}, [self.process.pid]
+        for pid in seen:
+            for children in Path(f"/proc/{pid}/task").glob("*/children"):
+                with contextlib.suppress(OSError):
+                    for child in map(int, children.read_text().split()):
+                        found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+                        seen.append(child)
+        return found
+
+    def kill_coordinator(self):
+        *_, newest = sorted(pid for pid, line in self.descendants().items() if "spawn_main" in line)
+        os.kill(newest, signal.SIGKILL)
+
+    def signal_rank(self, rank, number):
+        for pid, line in self.descendants().items():
+            if " -m megatron_dmc serve" in line and f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+                os.kill(pid, number)
+                return
+        raise AssertionError(f"there is no rank {rank}")
 
 
-def test_command(tmp_path):
-    """The same answer as from the command `generate`; it ends well when asked to, and with an error if it must."""
-    checkpoint = tmp_path / "dmc"
-    train("--dmc-stage", "retrofit", *UNDECIDED, "--train-iters", 1, "--save-interval", 1, "--save", checkpoint)
-    commands = [Command(checkpoint) for _ in range(2)]
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve") / "dmc"
+    train("--dmc-stage", "retrofit", *UNDECIDED, "--train-iters", 1, "--save-interval", 1, "--save", folder)
+    return folder
+
+
+@contextlib.contextmanager
+def commands(*started):
     try:
+        yield started
+    finally:
+        for command in started:
+            below = command.descendants()
+            for pid in (*below, command.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            command.process.wait()
+
+
+def test_command(checkpoint):
+    """The same answer as from the command `generate`; it ends well when asked to, and with an error if it must."""
+    with commands(Command(checkpoint), Command(checkpoint)) as (asked, bereft):
         printed = dmc("generate", checkpoint, "--prompt", "5 6 7", "--max-new-tokens", 12).output
-        first, second = (command.address() for command in commands)
+        first, second = asked.address(), bereft.address()
         assert post(first, prompt="words").json()["error"]["message"] == "the model's tokenizer cannot take this text"
         answer = post(first, prompt="5 6 7", max_tokens=12, temperature=0).json()
         assert f"5 6 7{answer['choices'][0]['text']}\n" in printed
-        commands[0].process.send_signal(signal.SIGTERM)
+        asked.process.send_signal(signal.SIGTERM)
         assert httpx.get(f"{second}/ready").status_code == 200
-        os.kill(commands[1].coordinator(), signal.SIGKILL)
-        assert commands[1].process.wait(60) == 1
-        assert "coordinator's process has ended" in commands[1].process.stdout.read()
-        assert commands[0].process.wait(60) == 0
-        assert "Traceback" not in commands[0].process.stdout.read()
-    finally:
-        for command in commands:
-            command.process.kill()
-            command.process.wait()
+        bereft.kill_coordinator()
+        assert bereft.process.wait(60) == 1
+        assert "coordinator's process has ended" in bereft.process.stdout.read()
+        assert asked.process.wait(60) == 0
+        assert "Traceback" not in asked.process.stdout.read()
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "data"])
+def test_ranks(checkpoint, layout):
+    """Ranks answer as one process does, give up what clients give up, and end together."""
+    sizes = [] if layout == "data" else [f"--{layout}-model-parallel-size", 2]
+    asked = dict(max_tokens=12, temperature=0)
+    prompts = ["5 6 7", "1 2 3 4 5 6 7 8 9", "50 40", "11"]
+    with commands(Command(checkpoint, *sizes, ranks=2)) as (server,):
+        printed = dmc(
+            "generate", checkpoint, "--max-new-tokens", 12, *(x for prompt in prompts for x in ("--prompt", prompt))
+        ).output
+        address = server.address()
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(lambda prompt: post(address, prompt=prompt, **asked).json(), prompts))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert f"{prompt}{answer['choices'][0]['text']}\n" in printed
+        with contextlib.suppress(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(60, read=0.05)) as session:
+            session.post(f"{address}/v1/completions", json={"prompt": ["1"] * 50, "max_tokens": 20})
+
+        def nothing_is_left():
+            state = told(httpx.get(f"{address}/metrics").text)
+            idle = state["running_requests"] == state["waiting_requests"] == "0.0"
+            return idle and state["free_pages"] == state["pages"]
+
+        time.sleep(1)  # until it tells of a state after the cancellation
+        until(nothing_is_left)
+        assert post(address, prompt=prompts[0], **asked).json()["choices"] == answers[0]["choices"]
+        server.signal_rank(0, signal.SIGTERM)
+        output = server.process.communicate(timeout=60)[0]
+        assert server.process.returncode == 0 and "Traceback" not in output, output
+
+
+def test_no_rank_outlives_another(checkpoint):
+    flags = [checkpoint, "--tensor-model-parallel-size", 2]
+    with commands(Command(*flags, ranks=2), Command(*flags, ranks=2)) as servers:
+        addresses = [server.address() for server in servers]
+        for rank, server in enumerate(servers):
+            server.signal_rank(rank, signal.SIGKILL)
+        for rank, server in enumerate(servers):
+            output = server.process.communicate(timeout=60)[0]
+            assert server.process.returncode != 0
+            assert ("rank 1 has died" if rank else "rank 0 has ended, and with it rank 1") in output, output
+        for address in addresses:
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{address}/health")
 
 
 @pytest.mark.parametrize(
@@ -666,9 +771,24 @@ def test_command(tmp_path):
         ([], {}, "no checkpoint at nowhere"),
         (["--port", 70000], {}, "--port must be 0 to 65535; got 70000"),
         (["--max-concurrent", 0], {}, "--max-concurrent must be above 0; got 0"),
-        ([], {"WORLD_SIZE": "2"}, "loaded into one process so far, and WORLD_SIZE is 2"),
+        (["--tensor-model-parallel-size", 0], {}, "--tensor-model-parallel-size must be above 0; got 0"),
     ],
 )
 def test_command_mistakes(flags, variables, message):
     run = dmc("serve", "nowhere", *flags, **variables)
     assert run.code != 0 and message in run.output and "Traceback" not in run.output, run.output
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (dict(tensor_model_parallel_size=3), "tensor_model_parallel_size must divide the model's 2 KV heads; got 3"),
+        (dict(pipeline_model_parallel_size=3), "pipeline_model_parallel_size must divide the model's 4 layers; got 3"),
+        (dict(tensor_model_parallel_size=2), "need a multiple of 2 processes, and there are 1"),
+    ],
+)
+def test_layouts_that_cannot_be(megatron, checkpoint, layout, message):
+    from megatron_dmc.checkpoint import load
+
+    with pytest.raises(DMCError, match=message):
+        load(checkpoint, **layout)

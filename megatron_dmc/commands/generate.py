@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ examples:
   megatron-dmc generate checkpoints/dmc-4x --prompt "import os" --prompt "class Queue"
   megatron-dmc generate checkpoints/dmc-4x --prompt-file prompts.txt --temperature 0.8 --top-p 0.95 --seed 1
   echo "def main(" | megatron-dmc generate checkpoints/dmc-4x --max-new-tokens 200
+  torchrun --nproc-per-node 2 -m megatron_dmc generate checkpoints/dmc-4x --tensor-model-parallel-size 2 --prompt "…"
 
 CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. A prompt file
 holds one prompt per line. The text goes to standard output; what the cache kept of it, to standard error."""
@@ -45,6 +48,12 @@ def main() -> None:
         help="memory for the cache in GiB (default: what the prompts need; on a GPU at most 90%% of what is free)",
     )
     parser.add_argument("--cache-fp8", action="store_true", help="store the cache's entries in 8 bits")
+    parser.add_argument(
+        "--tensor-model-parallel-size", type=int, default=1, help="torchrun's ranks that share a layer (default: 1)"
+    )
+    parser.add_argument(
+        "--pipeline-model-parallel-size", type=int, default=1, help="and that share out the layers (default: 1)"
+    )
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
     args = parser.parse_args()
 
@@ -53,7 +62,18 @@ def main() -> None:
     emulate_cuda()
     from megatron_dmc.checkpoint import load
 
-    _generate(load(args.checkpoint, tokenizer_model=args.tokenizer_model), prompts, args)
+    loaded = load(
+        args.checkpoint,
+        tokenizer_model=args.tokenizer_model,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+    )
+    with contextlib.ExitStack() as silence:
+        if int(os.environ["RANK"]):  # it generates the same
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        _generate(loaded, prompts, args)
 
 
 def _check(args: argparse.Namespace) -> None:

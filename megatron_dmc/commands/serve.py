@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dmc.config import DMCError
 from megatron_dmc.cpu import emulate_cuda
+
+if TYPE_CHECKING:
+    from megatron_dmc.front_end import FrontEnd
+    from megatron_dmc.llm import AsyncLLM
 
 KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
 
@@ -17,11 +24,14 @@ EXAMPLES = f"""\
 examples:
   megatron-dmc serve checkpoints/dmc-4x
   {KEY_VARIABLE}=… megatron-dmc serve checkpoints/dmc-4x --host 0.0.0.0 --port 8000 --cache-gib 20
+  torchrun --nproc-per-node 8 -m megatron_dmc serve checkpoints/dmc-4x --tensor-model-parallel-size 4
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
       -d '{{"prompt": "import os", "max_tokens": 32, "temperature": 0}}'
 
 CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. If the
-environment variable {KEY_VARIABLE} is set, requests need it as their API key. SIGTERM lets running requests finish.
+environment variable {KEY_VARIABLE} is set, requests need it as their API key. SIGTERM lets running requests finish
+(torchrun kills its ranks 30 seconds after it got one). Under torchrun, ranks that the sizes below leave over are data
+parallel; the server is that of rank 0.
 Paths: /v1/completions, /v1/chat/completions, /v1/models, /health, /ready, /metrics."""
 
 
@@ -57,6 +67,12 @@ def main() -> None:
     parser.add_argument(
         "--drain-seconds", type=float, default=30, help="for running requests to finish at the end (default: 30)"
     )
+    parser.add_argument(
+        "--tensor-model-parallel-size", type=int, default=1, help="ranks that share a layer (default: 1)"
+    )
+    parser.add_argument(
+        "--pipeline-model-parallel-size", type=int, default=1, help="ranks that share out the layers (default: 1)"
+    )
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default: 0)")
     args = parser.parse_args()
@@ -64,26 +80,14 @@ def main() -> None:
 
     emulate_cuda()
     try:
-        from megatron_dmc import messages  # noqa: F401
+        from megatron_dmc.front_end import FrontEnd, listen
         from megatron_dmc.openai_requests import ServerOptions
-        from megatron_dmc.server import EngineBackend, run
     except ModuleNotFoundError as error:
         raise DMCError(f'serving needs the package {error.name}: pip install "megatron-dmc[serve]"') from error
-    from megatron_dmc.llm import AsyncLLM
 
-    llm = AsyncLLM(
-        args.checkpoint,
-        tokenizer_model=args.tokenizer_model,
-        cache_fp8=args.cache_fp8,
-        coordinator_host="127.0.0.1",
-        seed=args.seed,
-        max_sequence_length=args.max_sequence_length,
-        cache_gib=args.cache_gib,
-        memory_share=args.memory_share,
-        max_requests=args.max_requests,
-        max_step_tokens=args.max_step_tokens,
-    )
-    backend = EngineBackend(llm)
+    if int(os.environ.get("RANK", "0")):
+        _follow(args)
+        return
     options = ServerOptions(
         model_name=args.model_name or Path(args.checkpoint).resolve().name,
         api_key=os.environ.get(KEY_VARIABLE) or None,
@@ -94,32 +98,89 @@ def main() -> None:
         request_timeout=args.request_timeout,
         drain_seconds=args.drain_seconds,
     )
+    with FrontEnd(listen(args.host, args.port), options) as front_end:
+        _lead(args, front_end)
 
-    async def serve() -> bool:
-        alive = False
-        try:
-            alive = await run(backend, options, args.host, args.port)
-        except DMCError:
-            alive = True
-            raise
-        finally:
-            if alive:
-                await backend.close()
-        return alive
 
-    if not asyncio.run(serve()):
-        backend.kill()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # what is left of a dead engine, threads and sockets, might never end
+def _engine(args: argparse.Namespace) -> AsyncLLM:
+    """This rank's part of the engine."""
+    from megatron_dmc.llm import AsyncLLM
+    from megatron_dmc.ranks import meeting_host
+
+    return AsyncLLM(
+        args.checkpoint,
+        tokenizer_model=args.tokenizer_model,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        cache_fp8=args.cache_fp8,
+        coordinator_host=meeting_host(),
+        seed=args.seed,
+        max_sequence_length=args.max_sequence_length,
+        cache_gib=args.cache_gib,
+        memory_share=args.memory_share,
+        max_requests=args.max_requests,
+        max_step_tokens=args.max_step_tokens,
+    )
+
+
+def _lead(args: argparse.Namespace, front_end: FrontEnd) -> None:
+    """Rank 0: the engine with the HTTP server in front, until that has ended, or anything that it needs."""
+    from megatron_dmc.front_end import EngineAddress
+    from megatron_dmc.ranks import Lifeline
+
+    llm = _engine(args)
+    lifeline = Lifeline()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: front_end.end())
+    front_end.open(EngineAddress.of(llm))
+    coordinator = llm.engine.inference_coordinator_process
+    reason = None
+    while reason is None and front_end.process.is_alive():
+        front_end.process.join(0.2)
+        if lifeline.lost is not None:
+            reason = f"rank {lifeline.lost} has died"
+        elif llm.engine.engine_loop_task.done():
+            reason = "the engine has ended"
+        elif not coordinator.is_alive():
+            reason = "the coordinator's process has ended"
+    if reason is None and front_end.process.exitcode:
+        reason = "the process of the HTTP server has ended"
+    if reason is None:
+        lifeline.end()
+        asyncio.run(end_engine(llm))
+        return
+    print(f"megatron-dmc serve: {reason}", file=sys.stderr, flush=True)
+    front_end.died(reason)
+    front_end.process.join(10)
+    front_end.process.kill()
+    coordinator.kill()
+    sys.stdout.flush()
+    os._exit(1)  # what is left of a dead engine, threads and collectives, might never end; the other ranks follow
+
+
+async def end_engine(llm: AsyncLLM) -> None:
+    """End the engine on all ranks, and its coordinator."""
+    process = llm.engine.inference_coordinator_process
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(10):
+            await llm.shutdown()
+    await asyncio.to_thread(process.join, 2)  # the message that ends it may have been lost with its socket
+    process.kill()
+
+
+def _follow(args: argparse.Namespace) -> None:
+    """The other ranks: the engine, until rank 0 ends it or dies."""
+    from megatron_dmc.ranks import Lifeline
+
+    llm = _engine(args)
+    lifeline = Lifeline()
+    for number in (signal.SIGTERM, signal.SIGINT):  # for rank 0 to mind, which has requests to finish
+        signal.signal(number, signal.SIG_IGN)
+    asyncio.run(llm.wait_for_shutdown())
+    lifeline.end()
 
 
 def _check(args: argparse.Namespace) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise DMCError(
-            f"checkpoints are loaded into one process so far, and WORLD_SIZE is {os.environ['WORLD_SIZE']}: start one "
-            "server for each GPU, without torchrun"
-        )
     for name, value in vars(args).items():
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
         if numeric and name not in ("port", "seed", "drain_seconds") and value <= 0:
