@@ -4,7 +4,7 @@
 
 One run on one GPU. The models have random weights, Transformer Engine layers and no checkpoint. Each way has a cache of
 the same GiB and as many requests as fit into it at the shape's context. Vanilla is the same engine with Megatron's own
-context, its cache in blocks of 256 tokens and FlashInfer's paged decoding for attention (Megatron calls FlashAttention,
+context, its cache in blocks of 256 tokens, and FlashInfer for attention in decoding (Megatron calls FlashAttention,
 which has no binaries for every platform; FlashInfer's plan is made once and left out of all times). For both, a step of
 decoding is one CUDA graph (`WholeStepController`); Megatron's own are captured layer by layer.
 
@@ -21,38 +21,32 @@ offset is the quantile of the random model's decisions at which a share 1 - 1/co
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import attempt, circumstances, copy_bandwidth, fill_cache, save, table
+from benchmarks.engines import (
+    BLOCK,
+    Numbers,
+    Shape,
+    VanillaAttention,
+    VanillaController,
+    VanillaEngine,
+    megatron_for_benchmarks,
+    random_model,
+)
 
-BLOCK = 256
 STEPS, WARM = 24, 4
-
-
-class Shape(NamedTuple):
-    context: int
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    cache_gib: float
-
 
 SHAPES = {
     "llama2_7b_4096": Shape(4096, 32, 4096, 11008, 32, 32, 32000, 56.0),
@@ -62,131 +56,14 @@ SHAPES = {
 COMPRESSIONS = (2, 4, 8)
 
 
-class Numbers:
-    """A tokenizer that has nothing to do."""
-
-    bos, eod = None, -1
-
-    def __init__(self, vocabulary: int) -> None:
-        self.vocab_size = vocabulary
-
-    def detokenize(self, tokens: list[int]) -> str:
-        return ""
-
-
-def build(shape: Shape, dmc: Any | None, spec: str) -> Any:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_local_spec,
-        get_gpt_layer_with_transformer_engine_spec,
-    )
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_dmc.spec import dmc_layer_spec
-
-    config = TransformerConfig(
-        num_layers=shape.layers, hidden_size=shape.hidden, ffn_hidden_size=shape.ffn, num_attention_heads=shape.heads,
-        num_query_groups=shape.kv_heads, attention_dropout=0.0, hidden_dropout=0.0, normalization="RMSNorm",
-        add_bias_linear=False, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=False, masked_softmax_fusion=False, persist_layer_norm=False,
-        gradient_accumulation_fusion=False, params_dtype=torch.bfloat16, bf16=True, pipeline_dtype=torch.bfloat16,
-        transformer_impl=spec,
-    )  # fmt: skip
-    if dmc is not None:
-        layers = dmc_layer_spec(config, dmc=dmc)
-    elif spec == "local":
-        layers = get_gpt_layer_local_spec(normalization="RMSNorm")
-    else:
-        layers = get_gpt_layer_with_transformer_engine_spec()
-    model = GPTModel(
-        config, layers, vocab_size=shape.vocabulary, max_sequence_length=shape.context,
-        position_embedding_type="rope", rotary_base=500000, share_embeddings_and_output_weights=False,
-    )  # fmt: skip
-    return model.to(device="cuda", dtype=torch.bfloat16).eval()
-
-
-@torch.no_grad()
-def decision_offset(model: Any, shape: Shape, compression: int) -> float:
-    """What a share 1 - 1/compression of decisions exceeds: of the last channels of keys, for random tokens."""
-    group, channels = shape.heads // shape.kv_heads, shape.hidden // shape.heads
-    seen: list[Tensor] = []
-
-    def note(module: Any, args: Any, output: Any) -> None:
-        seen.append(output[0].unflatten(-1, (shape.kv_heads, group + 2, channels))[..., group, -1].float().flatten())
-
-    hooks = [layer.self_attention.linear_qkv.register_forward_hook(note) for layer in model.decoder.layers]
-    tokens = torch.randint(0, shape.vocabulary, (1, min(512, shape.context)), device="cuda")
-    model(tokens, torch.arange(tokens.shape[1], device="cuda")[None], None, runtime_gather_output=True)
-    for hook in hooks:
-        hook.remove()
-    return torch.cat(seen)[:1_000_000].quantile(1 / compression).item()
-
-
-def flashinfer_attention(context: Any, shape: Shape) -> Callable:
-    """In place of `Attention.flash_decode_and_prefill`: FlashInfer for decoding, PyTorch's attention for one prompt."""
-    from megatron.core.transformer.attention import Attention
-
-    channels, state = shape.hidden // shape.heads, {}
-
-    def plan() -> Any:
-        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-        n = context.total_request_count
-        blocks = context.request_kv_block_counts[:n]
-        starts = torch.nn.functional.pad(blocks.cumsum(0), (1, 0)).int()
-        indices = torch.cat([context.request_to_kv_block_ids[i, : blocks[i]] for i in range(n)])
-        last = (context.request_kv_length_offsets[:n] % BLOCK + 1).int()
-        wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            torch.zeros(256 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_cuda_graph=True,
-            use_tensor_cores=shape.heads > shape.kv_heads, paged_kv_indptr_buffer=starts.cuda(),
-            paged_kv_indices_buffer=indices.cuda(), paged_kv_last_page_len_buffer=last.cuda(),
-        )  # fmt: skip
-        wrapper.plan(
-            starts, indices, last, shape.heads, shape.kv_heads, channels, BLOCK, q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
-        )  # fmt: skip
-        return wrapper
-
-    def attend(self: Attention, q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        *_, lengths, blocks, decoding = arguments[:7]
-        if decoding and q.is_cuda:
-            if self.layer_number == 1 and "wrapper" in state:  # the lengths of this step
-                state["wrapper"]._paged_kv_last_page_len_buf.copy_((lengths - 1) % BLOCK + 1)
-            return state["wrapper"].run(q.view(-1, shape.heads, channels), (k, v))[:, None]
-        outputs, at = [], 0
-        cumulated = arguments[2].tolist()
-        for i, length in enumerate(lengths.tolist()):
-            count = cumulated[i + 1] - cumulated[i]
-            if not count:
-                continue
-            held = blocks[i][blocks[i] >= 0].long()
-            keys, values = (x[held].flatten(0, 1)[:length] for x in (k, v))
-            keys, values = (x.repeat_interleave(shape.heads // shape.kv_heads, 1) for x in (keys, values))
-            query = q.view(-1, shape.heads, channels)[at : at + count]
-            mask = dict(is_causal=True) if count == length else dict(attn_mask=causal_lower_right(count, length))
-            found = torch.nn.functional.scaled_dot_product_attention(
-                *(x.transpose(0, 1)[None] for x in (query, keys, values)), **mask
-            )
-            outputs.append(found[0].transpose(0, 1))
-            at += count
-        output = torch.cat(outputs)
-        pad = q.view(-1, shape.heads, channels).shape[0] - len(output)
-        output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, pad))
-        return output[:, None]
-
-    attend.plan = lambda: state.update(wrapper=plan())
-    return attend
-
-
 class Way:
     """One engine, and how its requests come to stand at the context."""
 
     def __init__(self, model: Any, shape: Shape, requests: int, dmc: bool) -> None:
         from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
-        from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
         from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 
-        from megatron_dmc.engine import DMCController, DMCInferenceContext, DMCInferenceEngine, WholeStepController
+        from megatron_dmc.engine import DMCController, DMCInferenceContext, DMCInferenceEngine
         from megatron_dmc.llm import inference_config
 
         config = inference_config(
@@ -199,15 +76,14 @@ class Way:
             self.context = DMCInferenceContext(model, config)
         else:
             self.context = DynamicInferenceContext(model.config, config)
-        controller = (DMCController if dmc else WholeStepController)(
+        controller = (DMCController if dmc else VanillaController)(
             GPTInferenceWrapper(model, self.context), Numbers(shape.vocabulary)
         )
-        if dmc:
-            with mock.patch.object(DMCInferenceEngine, "create_cuda_graphs"):  # captured at first use
-                self.engine = DMCInferenceEngine(controller, self.context)
-        else:
-            self.engine = DynamicInferenceEngine(controller, self.context)
-        self.attention = None if dmc else flashinfer_attention(self.context, shape)
+        self.attention = None if dmc else VanillaAttention(self.context, shape)
+        controller.attention = self.attention
+        # A step of decoding is captured when it first runs.
+        with mock.patch.object(DMCInferenceEngine if dmc else VanillaEngine, "create_cuda_graphs"):
+            self.engine = (DMCInferenceEngine if dmc else VanillaEngine)(controller, self.context)
 
     def add(self, tokens: int, generate: int) -> None:
         from megatron.core.inference.sampling_params import SamplingParams
@@ -243,8 +119,7 @@ class Way:
         context.request_last_kv_block_offset[:n] = tokens % BLOCK
         context.token_to_block_idx[:n] = context.request_last_kv_block_id[:n]
         context.token_to_local_position_within_kv_block[:n] = tokens % BLOCK
-        if context.memory_buffer.is_cuda:
-            self.attention.plan()
+        self.attention.plans_once = True
 
 
 def measure(way: Way, compression: int) -> dict[str, float]:
@@ -328,28 +203,12 @@ def most_requests(shape: Shape, compression: int) -> int:
 
 def run(shape: Shape, compression: int, requests: int, spec: str, ttft: bool) -> dict[str, float]:
     from megatron.core.inference.utils import InferenceMode
-    from megatron.core.transformer import attention
-    from megatron.core.transformer.attention import Attention
-
-    from megatron_dmc.config import DMCConfig
 
     InferenceMode.unset_active()
     torch.cuda.reset_peak_memory_stats()
-    dmc = compression > 1
-    torch.manual_seed(0)
-    offset = 0.0
-    model = build(shape, DMCConfig(dmc_stage="retrofit", dmc_init_val=0.0) if dmc else None, spec)
-    if dmc:
-        offset = decision_offset(model, shape, compression)
-        compressions = {layer.self_attention.core_attention.compression for layer in model.decoder.layers}
-        for found in compressions:
-            found.config = dataclasses.replace(found.config, dmc_init_val=offset)
-    way = Way(model, shape, requests, dmc)
-    patches = (
-        mock.patch.object(attention, "HAVE_FA3", True),
-        mock.patch.object(Attention, "flash_decode_and_prefill", way.attention or Attention.flash_decode_and_prefill),
-    )
-    with patches[0], patches[1], torch.no_grad():
+    model, offset = random_model(shape, compression, spec)
+    way = Way(model, shape, requests, compression > 1)
+    with way.attention.in_place() if way.attention else nullcontext(), torch.no_grad():
         row = dict(compression=compression, offset=offset, ttft_ms=first_token(way) if ttft else None)
         return row | measure(way, compression)
 
@@ -363,16 +222,8 @@ def main() -> None:
     parser.add_argument("--commit", help="to note where the checkout has no history")
     args = parser.parse_args()
 
-    from megatron_dmc.checkpoint import start_megatron
-    from megatron_dmc.cpu import emulate_cuda
-
     on_gpu = torch.cuda.is_available()
-    emulate_cuda()
-    if not on_gpu:
-        from megatron.core.inference.contexts import dynamic_context
-
-        dynamic_context.triton_append_key_value_cache = None
-    start_megatron()
+    megatron_for_benchmarks()
     failures: dict[str, str] = {}
     result = dict(
         circumstances(args.commit), spec=args.spec, steps=STEPS, shapes={}, ratios={}, failures=failures,

@@ -39,8 +39,19 @@ class _Signals(deque):
             super().append(message)
 
 
-class ServingEngine(DMCInferenceEngine):
-    """DMC's engine behind a coordinator: requests can be cancelled, and those that ask for it are streamed."""
+class Streaming:
+    """What an engine of Megatron's gains behind a coordinator: CANCEL, TOKENS and STATE.
+
+    The engine that this is mixed into has `cancel(request_id)`, and says in `numbers` how it is.
+    """
+
+    def numbers(self) -> dict[str, float]:
+        """The engine's state: requests and evictions so far."""
+        return {
+            "running_requests": self.context.total_request_count,
+            "waiting_requests": len(self.waiting_request_ids),
+            "evictions": self.evicted_request_count,
+        }
 
     def reset(self) -> None:
         super().reset()
@@ -56,19 +67,6 @@ class ServingEngine(DMCInferenceEngine):
             # expert-parallel rank needs them. They reset the context, and its measure of compression with it.
             self.ep_consensus_interval = 1
         return address
-
-    def numbers(self) -> dict[str, float]:
-        """The engine's state: requests, the cache's contents and pages (of this rank's heads), evictions so far."""
-        context, account = self.context, self.context.account
-        return {
-            "running_requests": context.total_request_count,
-            "waiting_requests": len(self.waiting_request_ids),
-            "tokens": account.ended_tokens + sum(account.tokens),
-            "entries": account.ended_entries + sum(account.entries),
-            "pages": len(context.cache.pages),
-            "free_pages": round(account.free * len(context.cache.pages) / context.pages_by_head),
-            "evictions": self.evicted_request_count,
-        }
 
     def schedule_requests(self) -> int:
         received = super().schedule_requests()
@@ -105,10 +103,14 @@ class ServingEngine(DMCInferenceEngine):
 
     def _new(self, request_id: int) -> list | None:
         """Number, tokens, log-probabilities and those of likely tokens, of what has not been sent and is certain."""
-        record = self.requests[request_id].record
-        sent = self._sent[request_id]
+        record, sent = self.requests[request_id].record, self._sent[request_id]
+        request = record[-1]
+        if len(record.requests) == 1 and not request.stop_word_ids and not request.generated_log_probs:  # quicker
+            tokens = request.generated_tokens[sent:]
+            self._sent[request_id] += len(tokens)
+            return [request_id, tokens, [], []] if tokens else None
         # What may be the beginning of a stop word may yet be dropped.
-        held = max(map(len, record[-1].stop_word_ids or ()), default=1) - 1
+        held = max(map(len, request.stop_word_ids or ()), default=1) - 1
         count = sum(len(piece.generated_tokens) for piece in record.requests) - held - sent
         if count <= 0:
             return None
@@ -118,6 +120,20 @@ class ServingEngine(DMCInferenceEngine):
             for name in ("generated_tokens", "generated_log_probs", "generated_top_n_logprobs")
         )
         return [request_id, tokens, log_probs, top_n]
+
+
+class ServingEngine(Streaming, DMCInferenceEngine):
+    """DMC's engine behind a coordinator."""
+
+    def numbers(self) -> dict[str, float]:
+        """Besides, tokens and entries of all requests so far, and the cache's pages (of this rank's heads)."""
+        context, account = self.context, self.context.account
+        return super().numbers() | {
+            "tokens": account.ended_tokens + sum(account.tokens),
+            "entries": account.ended_entries + sum(account.entries),
+            "pages": len(context.cache.pages),
+            "free_pages": round(account.free * len(context.cache.pages) / context.pages_by_head),
+        }
 
 
 def _after(record: DynamicInferenceRequestRecord, name: str, start: int, count: int) -> list:
