@@ -8,7 +8,7 @@ coordinator. Its context and its engine rest on assumptions that a compressed ca
   bookkeeping then hands out slots, moves requests between rows and gives slots back, unchanged.
 - *Memory is counted in blocks, and a request's growth is known.* Here pages are counted, as they are on the device
   after each step (`PageAccount`): a request is admitted if the pages of its next chunk are free whatever is decided,
-  and those are likely to last that all running requests still need.
+  and the pool is likely to last until all that are running have ended (`PageAccount.peak`).
 - *Requests that outgrow memory are paused where they filled a block.* Here the youngest ones give their pages back and
   are computed again (Megatron's eviction), before a step that might not find its pages; so none ever does. The oldest
   request always stays, and none is taken that the pool could not hold alone: every request ends.
@@ -49,6 +49,9 @@ from megatron_dmc.config import DMCError
 from megatron_dmc.context import HoldsPages, cache_shape
 from megatron_dmc.megatron_hooks import dmc_layers
 
+HEADROOM = 0.03
+"""Share of the pool that is left for requests that merge less than those before them."""
+
 DEFAULT_REQUESTS = 256
 """Requests that may run at once, where nothing else is said and their open segments leave most of the memory free."""
 
@@ -65,8 +68,9 @@ class PageAccount:
         held, needs, tokens, entries: of each slot, pages it holds, pages that its next token may take, tokens it has
             seen, and entries of a head on average.
         promised: pages that the chunks of the coming step may take.
-        expected: by slot, how many tokens the request there will have seen at its end, at most.
+        expected: by slot, the tokens of the request there: of its prompt, and of its answer at most.
         rate: pages for a token, as measured.
+        next_token: pages that a request's next token may take, on average: one head in so many has filled its last one.
         ended, ended_tokens, ended_entries: how many requests have ended, their `tokens` and `entries` together; not
             those that gave way.
     """
@@ -77,8 +81,9 @@ class PageAccount:
     tokens: list[float]
     entries: list[float]
     rate: float
+    next_token: float
     promised: float = 0.0
-    expected: dict[int, int] = dataclasses.field(default_factory=dict)
+    expected: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     ended: int = 0
     ended_tokens: float = 0.0
     ended_entries: float = 0.0
@@ -87,7 +92,7 @@ class PageAccount:
     def empty(cls, pages: float, slots: int, page_entries: int) -> PageAccount:
         """Of a pool that nobody has used; nothing is known yet of how much merges."""
         held, needs, tokens, entries = ([0.0] * slots for _ in range(4))
-        return cls(pages, held, needs, tokens, entries, rate=1 / page_entries)
+        return cls(pages, held, needs, tokens, entries, rate=1 / page_entries, next_token=1 / page_entries)
 
     def update(self, free: float, of_slots: list[list[float]]) -> None:
         """The state after a step."""
@@ -118,9 +123,23 @@ class PageAccount:
         """Pages that are neither held nor spoken for in the coming step."""
         return self.free - self.promised - sum(self.needs)
 
-    def growth(self, more: int) -> float:
-        """Pages that the requests in the cache, and one more of so many tokens, are likely to take until they end."""
-        return self.rate * (more + sum(total - self.tokens[slot] for slot, total in self.expected.items()))
+    def peak(self, prompt: int, answer: int) -> float:
+        """Pages that are likely to be held at once, at most, from now on, with one more request of so many tokens.
+
+        Every running request takes `rate` pages with each token until its answer is as long as it may be, and then
+        gives all back. So most are held when one of them is about to end, and then by those with no less to come. Those
+        that a next token may take, on average, count as held: the step would not begin without them.
+        """
+        coming = [(answer, prompt * self.rate)]
+        for slot, (prompt_tokens, answer_tokens) in self.expected.items():
+            seen = self.tokens[slot]
+            left = min(prompt_tokens + answer_tokens - seen, answer_tokens)
+            coming.append((left, self.held[slot] + max(prompt_tokens - seen, 0) * self.rate))
+        held = most = 0.0
+        for requests, (left, pages) in enumerate(sorted(coming, reverse=True), 1):
+            held += pages
+            most = max(most, held + requests * (left * self.rate + self.next_token))
+        return most
 
 
 class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
@@ -279,14 +298,16 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
             return False
         if not account.expected or req.request_id == self.chunked_prefill_request_id:
             return True
-        return account.growth(_length(req)) <= account.available
+        peak = account.peak(req.remaining_prompt_length, req.sampling_params.num_tokens_to_generate)
+        return peak <= (1 - HEADROOM) * self.pages_by_head
 
     def add_request(self, req: DynamicInferenceRequest, prefill_chunk_length: int | None = None) -> None:
         chunk = req.remaining_prompt_length if prefill_chunk_length is None else prefill_chunk_length
-        length = req.finished_chunk_token_count + _length(req)
+        prompt = req.finished_chunk_token_count + req.remaining_prompt_length
         super().add_request(req, prefill_chunk_length)
         self.account.promised += self.pages_for(chunk)
-        self.account.expected[int(self.request_to_kv_block_ids[self.total_request_count - 1, 0])] = length
+        slot = int(self.request_to_kv_block_ids[self.total_request_count - 1, 0])
+        self.account.expected[slot] = prompt, req.sampling_params.num_tokens_to_generate
 
     def release_memory_blocks_from_request_indexes(self, request_indexes: Tensor) -> None:
         slots = self.request_to_kv_block_ids[request_indexes].flatten()
@@ -626,11 +647,6 @@ def failure(request: DynamicInferenceRequest) -> str:
     """Why a request failed."""
     errors = [event.payload.message for event in request.events if event.type.name.startswith("ERROR")]
     return "; ".join(filter(None, errors)) or "the engine cannot serve the request"
-
-
-def _length(request: DynamicInferenceRequest) -> int:
-    """Tokens of a request that have not entered the cache, those it may still generate among them."""
-    return request.remaining_prompt_length + request.sampling_params.num_tokens_to_generate
 
 
 def _refuse_settings(config: InferenceConfig) -> None:

@@ -166,7 +166,7 @@ def scenarios(model, prompts, tokens, ranks=1, rank=0):
 
     The engine admits requests whatever those that run still need, so that in the crowded cache some give way.
     """
-    PageAccount.growth = lambda self, more: 0.0
+    PageAccount.peak = lambda self, prompt, answer: 0.0
     stage = Stage(model)
     # Ranks with more memory than others do as those.
     found = dict(steps=steps(stage, tokens), greedy=generate(model, prompts, cache_gib=0.02 * (1 + rank)))

@@ -95,7 +95,7 @@ def everything_returned(llm):
 @pytest.fixture
 def careless(monkeypatch):
     """Requests are admitted whatever those that run will still need."""
-    monkeypatch.setattr(PageAccount, "growth", lambda self, more: 0.0)
+    monkeypatch.setattr(PageAccount, "peak", lambda self, prompt, answer: 0.0)
 
 
 @pytest.mark.parametrize("pages", [None, 4])
@@ -113,18 +113,44 @@ def test_text_does_not_depend_on_company(fresh_seed, pages, careless):
     assert 1 < llm.context.account.ratio < 60
 
 
-def test_admission_leaves_room_to_grow(fresh_seed):
-    """With what is measured of compression, nobody has to give way, and yet several run at once."""
-    llm = serve(model_of(), 6)
-    prompts = prompts_of(*[20] * 8)
-    for prompt in prompts:
-        llm.engine.add_request(int(next(llm.engine.request_counter)), prompt, greedy(20, termination_id=-1))
-    at_once = []
-    while llm.engine.has_unfinished_requests():
-        llm.engine.step_modern()
-        at_once.append(llm.context.total_request_count)
-    assert llm.engine.evicted_request_count == 0 and max(at_once) > 1
-    everything_returned(llm)
+def test_the_peak_of_running_requests(fresh_seed):
+    """As found by letting them run, token by token, until they end."""
+    draw = random.Random(fresh_seed)
+    for _ in range(100):
+        slots, rate = draw.randint(0, 6), draw.choice([0.25, 0.5])
+        account = PageAccount.empty(1000.0, slots, 16)
+        account.rate = rate
+        for slot in range(slots):
+            prompt, answer = draw.randint(1, 20), draw.randint(1, 20)
+            seen = draw.choice([0, draw.randint(1, prompt), draw.randint(prompt, prompt + answer)])
+            account.expected[slot], account.tokens[slot], account.held[slot] = (prompt, answer), seen, seen * rate
+        new = draw.randint(1, 20), draw.randint(1, 20)
+        running = [[prompt, prompt + answer, max(account.tokens[slot], prompt)]
+                   for slot, (prompt, answer) in account.expected.items()] + [[new[0], sum(new), new[0]]]  # fmt: skip
+        most = 0.0
+        while running:
+            most = max(most, sum(seen * rate + 1 / 16 for _, _, seen in running))
+            running = [[prompt, end, seen + 1] for prompt, end, seen in running if seen < end]
+        assert account.peak(*new) == pytest.approx(most)
+
+
+def test_admission_leaves_room_to_grow(fresh_seed, monkeypatch):
+    """With what is measured of compression hardly anybody has to give way, and yet several run at once."""
+    prompts, evicted, at_once = prompts_of(*[20] * 30), [], []
+    for _ in range(2):
+        torch.manual_seed(fresh_seed)
+        llm = serve(model_of(), 6)
+        for prompt in prompts:
+            llm.engine.add_request(int(next(llm.engine.request_counter)), prompt, greedy(20, termination_id=-1))
+        while llm.engine.has_unfinished_requests():
+            llm.engine.step_modern()
+            at_once.append(llm.context.total_request_count)
+        evicted.append(llm.engine.evicted_request_count)
+        everything_returned(llm)
+        assert max(at_once) > 1
+        monkeypatch.setattr(PageAccount, "peak", lambda self, prompt, answer: 0.0)
+    foresighted, careless = evicted
+    assert foresighted <= 2 and foresighted < careless
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ SPLIT = dict(TP=2, PP=0)
 def test_two_ranks_generate_as_one(tmp_path, fresh_seed, monkeypatch):
     from megatron.core import dist_checkpointing
 
-    monkeypatch.setattr(PageAccount, "growth", PageAccount.growth)  # what the scenarios change comes back
+    monkeypatch.setattr(PageAccount, "peak", PageAccount.peak)  # what the scenarios change comes back
     given = dict(prompts=prompts_of(*PROMPTS), tokens=torch.randint(0, 64, (5, 16)))
     torch.save(given, tmp_path / "given.pt")
     alone = {}
