@@ -17,7 +17,7 @@ arrive in the window:
 - ttft: milliseconds from arrival to the first token; gap: between two tokens.
 
 rate_at: the highest rate at which 95% of requests have at most so many milliseconds per token, between the two measured
-rates next to it; no higher than the highest that was measured.
+rates next to it; no higher than the capacity, beyond which requests pile up however long each still takes.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def rate_at(way: dict[str, Any], milliseconds: float) -> float:
         best = rate
         if after is not None and after[1] > milliseconds:
             best += (after[0] - rate) * (milliseconds - latency) / (after[1] - latency)
-    return best
+    return min(best, way["capacity"])
 
 
 def main() -> None:
@@ -275,10 +275,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=["llama2_7b", "tiny"], default="llama2_7b")
     parser.add_argument("--spec", choices=["transformer_engine", "local"], default="transformer_engine")
     parser.add_argument("--compression", type=int, action="append", help="with 1 for vanilla (default: 1 and 8)")
-    parser.add_argument("--share", type=float, action="append", help="of the capacity (default: .6 .8 .95 1.1)")
-    parser.add_argument("--latency", type=float, default=30.0, help="milliseconds per token to compare rates at")
+    parser.add_argument("--share", type=float, action="append", help="of the capacity (default: .7 .85 1)")
+    parser.add_argument("--latency", type=float, default=25.0, help="milliseconds per token to compare rates at")
     parser.add_argument("--warm", type=float, default=10.0)
-    parser.add_argument("--window", type=float, default=15.0)
+    parser.add_argument("--window", type=float, default=20.0)
     parser.add_argument("--commit", help="to note where the checkout has no history")
     args = parser.parse_args()
 
@@ -292,7 +292,7 @@ def main() -> None:
     else:
         shape, slots = Shape(4096, 32, 4096, 11008, 32, 32, 32000, 16.0), 256
         load = Load((512, 1536), (768, 1280), shape.vocabulary, warm=args.warm, window=args.window)
-    shares, failures = args.share or [0.6, 0.8, 0.95, 1.1], {}
+    shares, failures = args.share or [0.7, 0.85, 1.0], {}
     ways: dict[str, Any] = {}
     result = dict(
         circumstances(args.commit), spec=args.spec, shapes={args.shape: dict(shape=shape._asdict(), ways=ways)},
