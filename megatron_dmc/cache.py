@@ -343,9 +343,9 @@ class PagedCache:
             raise DMCError(f"new_tokens must be 1 to {MAX_NEW_TOKENS}; got {new_tokens}")
         if len(chunk_lengths) != len(chunk_slots) or any(n < 1 for n in chunk_lengths):
             raise DMCError(f"chunk_lengths must be {len(chunk_slots)} lengths of 1 or more; got {list(chunk_lengths)}")
-        lengths = self.lengths[:, self._rows(every_slot)]
-        more = self._on_device([new_tokens] * len(slots) + list(chunk_lengths)) if chunk_lengths else new_tokens
-        fits = (self.tokens[self._rows(every_slot)] + more <= self.shape.max_tokens) | (every_slot < 0)
+        lengths = self.lengths[:, self.rows_of(every_slot)]
+        more = self.on_device([new_tokens] * len(slots) + list(chunk_lengths)) if chunk_lengths else new_tokens
+        fits = (self.tokens[self.rows_of(every_slot)] + more <= self.shape.max_tokens) | (every_slot < 0)
         ok = (fits & (every_slot < self.shape.slots)).all() & (chunk_slots >= 0).all() & ~_repeated(every_slot).any()
         decoding = lengths[:, : len(slots)]
         if len(slots):
@@ -357,7 +357,7 @@ class PagedCache:
             last = self.recent.new_zeros(shape.layers, c, shape.kv_heads, shape.window - 1, 2, shape.channels)
             last_weights = last.new_zeros(last.shape[:4], dtype=torch.float32)
         first_token = [sum(chunk_lengths[:i]) for i in range(c + 1)]
-        first_token = self._on_device(first_token).int() if c else nobody.int()
+        first_token = self.on_device(first_token).int() if c else nobody.int()
         return Step(
             slots, new_tokens, chunk_slots, tuple(chunk_lengths), first_token, ok, lengths.clone(), last, last_weights,
             *self._plan(slots, decoding, new_tokens),
@@ -365,7 +365,7 @@ class PagedCache:
 
     def _take(self, slots: Tensor, lengths: Tensor, new_tokens: int, ok: Tensor) -> Tensor:
         """A page for every head of `slots` whose next entries may need one; returns whether there were enough."""
-        rows = self._rows(slots)
+        rows = self.rows_of(slots)
         last = (lengths.long() + new_tokens - 1).div(self.shape.page_entries, rounding_mode="floor")
         place = last.clamp(max=self.shape.max_pages - 1)[..., None]
         have = self.table[:, rows].gather(-1, place)[..., 0]
@@ -398,11 +398,11 @@ class PagedCache:
     def commit(self, step: Step) -> None:
         """Make a step's entries valid; without effect if there were no pages for it."""
         slots = torch.cat([step.slots, step.chunk_slots])
-        rows, active = self._rows(slots), (slots >= 0) & step.ok
+        rows, active = self.rows_of(slots), (slots >= 0) & step.ok
         self.lengths[:, rows] = torch.where(active[:, None], step.lengths, self.lengths[:, rows])
         if step.chunk_lengths:
             self._keep_last_tokens(step)
-            more = self._on_device([step.new_tokens] * len(step.slots) + list(step.chunk_lengths))
+            more = self.on_device([step.new_tokens] * len(step.slots) + list(step.chunk_lengths))
         else:
             more = step.new_tokens
         self.tokens[rows] += torch.where(active, more, 0)
@@ -410,7 +410,7 @@ class PagedCache:
             self.steps[rows] += active.long()
         if step.chunk_lengths:
             self.dry |= ~step.ok
-            rows = self._rows(step.chunk_slots)
+            rows = self.rows_of(step.chunk_slots)
             needed = (self.lengths[:, rows] + self.shape.page_entries - 1).div(
                 self.shape.page_entries, rounding_mode="floor"
             )
@@ -421,10 +421,10 @@ class PagedCache:
         """Chunks' last tokens go into the rings."""
         if step.last is None:
             return
-        lengths, n = self._on_device(step.chunk_lengths)[:, None], self.shape.window - 1
+        lengths, n = self.on_device(step.chunk_lengths)[:, None], self.shape.window - 1
         place = lengths - n + torch.arange(n, device=lengths.device)  # in the chunk
-        ring = (self.tokens[self._rows(step.chunk_slots)][:, None] + place) % self.shape.recent_tokens
-        rows = self._rows(step.chunk_slots[:, None].where((place >= 0) & step.ok, -1))
+        ring = (self.tokens[self.rows_of(step.chunk_slots)][:, None] + place) % self.shape.recent_tokens
+        rows = self.rows_of(step.chunk_slots[:, None].where((place >= 0) & step.ok, -1))
         self.recent[:, rows, :, ring] = step.last.permute(1, 3, 0, 2, 4, 5)
         self.recent_weights[:, rows, :, ring] = step.last_weights.permute(1, 3, 0, 2)
 
@@ -433,7 +433,7 @@ class PagedCache:
         """Give back all that the sequences in `slots` `[b]` hold; -1, repetitions and empty slots are passed over."""
         self._check_slots(slots)
         slots = slots.masked_fill(_repeated(slots), -1)
-        rows = self._rows(slots)
+        rows = self.rows_of(slots)
         self._give_back(rows, (slots >= 0)[:, None, None])
         self.lengths[:, rows] = 0
         self.tokens[rows] = 0
@@ -461,11 +461,11 @@ class PagedCache:
 
     def positions(self, step: Step) -> Tensor:
         """`[tokens]` int64: where in its sequence each of a step's tokens stands, before the step is committed."""
-        decoding = self.tokens[self._rows(step.slots)][:, None] + torch.arange(step.new_tokens, device=step.ok.device)
+        decoding = self.tokens[self.rows_of(step.slots)][:, None] + torch.arange(step.new_tokens, device=step.ok.device)
         if not step.chunk_lengths:
             return decoding.flatten()
-        begins = self.tokens[self._rows(step.chunk_slots)] - step.first_token[:-1]
-        lengths = self._on_device(step.chunk_lengths)
+        begins = self.tokens[self.rows_of(step.chunk_slots)] - step.first_token[:-1]
+        lengths = self.on_device(step.chunk_lengths)
         total = sum(step.chunk_lengths)
         chunks = begins.repeat_interleave(lengths, output_size=total) + torch.arange(total, device=step.ok.device)
         return torch.cat([decoding.flatten(), chunks])
@@ -483,12 +483,12 @@ class PagedCache:
             raise DMCError(f"source and target must be equally many; got {tuple(source.shape)}, {tuple(target.shape)}")
         leaves = (target[:, None] == source).any(1)
         # By pages, not by tokens: a step that was begun and not committed leaves pages, too.
-        taken = (self.table[:, self._rows(target), :, 0] >= 0).any(0).any(-1) & ~leaves
+        taken = (self.table[:, self.rows_of(target), :, 0] >= 0).any(0).any(-1) & ~leaves
         moves = (source >= 0) & (target >= 0)
         exist = (source < self.shape.slots) & (target < self.shape.slots)
         # All or nothing: a move that is left out would leave another without its place.
         moves &= ~(moves & (taken | ~exist | _repeated(source) | _repeated(target))).any()
-        here, there = (self._rows(x.masked_fill(~moves, -1)) for x in (source, target))
+        here, there = (self.rows_of(x.masked_fill(~moves, -1)) for x in (source, target))
         empty = dict(table=-1, lengths=0, tokens=0)
         for name in ("table", "lengths", "tokens", "recent", "recent_weights", "mean", "total", "steps"):
             x = getattr(self, name, None)
@@ -534,12 +534,12 @@ class PagedCache:
             fixed_bytes=self.shape.fixed_bytes(self.dtype),
         )
 
-    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+    def on_device(self, numbers: Sequence[int]) -> Tensor:
         """int64, without waiting for what the device has been given to do."""
         x = torch.tensor(numbers, dtype=torch.int64)
         return x.pin_memory().to(self.lengths.device, non_blocking=True) if self.lengths.is_cuda else x
 
-    def _rows(self, slots: Tensor) -> Tensor:
+    def rows_of(self, slots: Tensor) -> Tensor:
         """Where slots lie in the tensors here: nobody's place for what is no slot."""
         return torch.where((slots >= 0) & (slots < self.shape.slots), slots, self.shape.slots)
 

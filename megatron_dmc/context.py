@@ -125,7 +125,7 @@ class PagedContext(HoldsPages, BaseInferenceContext):
         go on from what it left undone, and may merge that into an open entry.
         """
         cache, slots = self.cache, torch.cat([self.step.slots, self.step.chunk_slots])
-        rows = cache._rows(slots)
+        rows = cache.rows_of(slots)
         last = cache.lengths[:, rows].long() - 1
         place = last.clamp(min=0)
         page = cache.table[:, rows].gather(-1, (place // cache.shape.page_entries)[..., None]).flatten()

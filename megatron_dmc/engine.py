@@ -315,7 +315,7 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         super().release_memory_blocks_from_request_indexes(request_indexes)
         if len(slots):
             self.account.release(slots.tolist(), self._giving_way)
-            self.cache.release(self.cache._on_device(slots.tolist()))
+            self.cache.release(self.cache.on_device(slots.tolist()))
 
     def update_requests(
         self, active_requests_mask: Tensor, new_tokens: Tensor, new_speculative_tokens: Tensor | None = None

@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Protocol
 
@@ -156,6 +157,7 @@ class Server:
         backend: `None` until there is one.
         answers: how many are under way.
         closed: why no request is taken, or `None`.
+        begun: connections that a request has come by.
     """
 
     backend: Backend | None = None
@@ -165,6 +167,7 @@ class Server:
         self.answers = 0
         self.closed: str | None = "the model is being loaded"
         self._metrics = _Metrics(self)
+        self.begun: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()
         self._began = int(time.time())
         self._running: set[asyncio.Queue] = set()
 
@@ -201,6 +204,8 @@ class Server:
     async def _middleware(self, request: web.Request, handler) -> web.StreamResponse:
         """Keys, errors in OpenAI's shape, and the count of requests."""
         status = 499  # the client has gone
+        if request.transport is not None:
+            self.begun.add(request.transport)
         try:
             try:
                 self._check_key(request)
@@ -427,6 +432,29 @@ def _reason(error: web.HTTPException, request: web.Request, options: ServerOptio
     return error.reason
 
 
+class _Connection(asyncio.Protocol):
+    """aiohttp's connection, which would wait for ever for the head of its first request; this one does not."""
+
+    def __init__(self, handler: asyncio.Protocol, server: Server) -> None:
+        self._handler, self._server = handler, server
+        self.data_received, self.eof_received = handler.data_received, handler.eof_received
+        self.pause_writing, self.resume_writing = handler.pause_writing, handler.resume_writing
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._handler.connection_made(transport)
+        seconds = self._server.options.client_timeout
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._check, transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._timer.cancel()
+        self._handler.connection_lost(error)
+
+    def _check(self, transport: asyncio.Transport) -> None:
+        if transport not in self._server.begun:
+            transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            transport.close()
+
+
 async def run(
     backend: Coroutine[Any, Any, Backend], options: ServerOptions, listener: socket.socket, orders: Orders
 ) -> bool:
@@ -449,17 +477,19 @@ async def run(
         server.application(), access_log=None, handler_cancellation=True, keepalive_timeout=30, shutdown_timeout=5
     )
     await runner.setup()
+    loop = asyncio.get_running_loop()
+    accepting = await loop.create_server(lambda: _Connection(runner.server(), server), sock=listener)
     try:
-        await web.SockSite(runner, listener).start()
         opening = asyncio.ensure_future(backend)
         await orders.first_of(_ended(opening), orders.asked_to_end())
         if not opening.done():
             opening.cancel()
             return orders.dead is None
         server.open(opening.result())
-        _announce(runner, options)
+        _announce(listener, options)
         return await _serve(server, orders)
     finally:
+        accepting.close()
         await runner.cleanup()
 
 
@@ -467,8 +497,8 @@ async def _ended(task: asyncio.Future) -> None:
     await asyncio.wait([task])
 
 
-def _announce(runner: web.AppRunner, options: ServerOptions) -> None:
-    address, port = runner.addresses[0][:2]
+def _announce(listener: socket.socket, options: ServerOptions) -> None:
+    address, port = listener.getsockname()[:2]
     if options.api_key is None and not ipaddress.ip_address(address).is_loopback:
         print(
             f"megatron-dmc: warning: everyone who reaches {address} may use this server; set MEGATRON_DMC_API_KEY to "

@@ -435,12 +435,16 @@ def test_time_limits():
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as slow:
             slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-            return whole, stream, slow.recv(1000)
+            slow = slow.recv(1000)
+        with socket.create_connection((host, int(port))) as slower:
+            slower.sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")
+            return whole, stream, slow, slower.recv(1000) + slower.recv(1000)
 
-    (whole, stream, slow), _ = serving(client, backend, request_timeout=0.3, client_timeout=0.3)
+    (whole, stream, slow, slower), _ = serving(client, backend, request_timeout=0.3, client_timeout=0.3)
     assert whole.status_code == 504 and "more than 0.3 seconds" in whole.json()["error"]["message"]
     assert "more than 0.3 seconds" in chunks(stream)[-1]["error"]["message"] and "[DONE]" not in stream
     assert slow.startswith(b"HTTP/1.1 408")
+    assert slower == b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
     assert backend.cancelled == 2
 
 
