@@ -78,12 +78,13 @@ class EngineBackend:
         if not template:
             raise RequestFailed("the model's tokenizer has no chat template: use /v1/completions")
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            # Tokenized by the template's own rules: the text alone would get a second token for its beginning.
+            found = self._tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=True, add_generation_prompt=True
             )
         except Exception as error:  # whatever the template, a program of its own, makes of the messages
             raise RequestFailed(f"the tokenizer's chat template cannot take these messages: {error}") from error
-        return self.tokenize(text)
+        return list(found if isinstance(found, list) else found["input_ids"])
 
     async def generate(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Tokens]:
         arrived: asyncio.Queue = asyncio.Queue()

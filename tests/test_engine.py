@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -349,6 +350,25 @@ def test_positions_and_streams(fresh_seed, positions):
     next(steps)
     steps.close()
     everything_returned(llm)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_bytes_that_are_told(fresh_seed, fp8, capsys):
+    """`generate` tells the bytes of the entries that were kept, beside those of a vanilla cache."""
+    from megatron_dmc.commands.generate import _report
+
+    model = model_of()
+    llm = serve(model, cache_fp8=fp8)
+    tokens = sum(20 + 20 - 1 for _ in llm.generate(prompts_of(20, 20), greedy(20, termination_id=-1)))
+    _report(llm)
+    numbers = [float(x.replace(",", "")) for x in re.findall(r"[0-9][0-9,.]*", capsys.readouterr().err)]
+    prompts, seen, entries, ratio, kept, vanilla, *_ = numbers
+    heads, channels = model.config.num_layers * model.config.num_query_groups, model.config.kv_channels
+    item = next(model.parameters()).dtype.itemsize
+    assert (prompts, seen, vanilla) == (2, tokens, tokens * heads * 2 * channels * item)
+    entry = 2 * (channels + 4 if fp8 else channels * item)  # with a scale of 4 bytes each for key and value
+    assert kept == pytest.approx(entries * 2 * heads * entry, rel=0.05 / entries + 1e-3)
+    assert ratio == pytest.approx(tokens / 2 / entries, abs=0.01)
 
 
 @pytest.mark.gpu

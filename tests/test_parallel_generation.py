@@ -57,6 +57,8 @@ def compare(found, expected, split, where):
         for rank, x in enumerate(found):
             for name in ("text", "tokens"):
                 assert x[name] == expected[name], f"{where}, rank {rank}: {name}"
+            # Of the ranks it is the one with most, each of half the heads.
+            assert 1 - 1e-9 <= x["entries"] / expected["entries"] < 2, f"{where}, rank {rank}: entries"
         assert "crowded" in where or not found[0]["notes"], f"{where}: who gave way"
         return
     for rank, x in enumerate(found):

@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import httpx
 import openai
@@ -529,6 +530,46 @@ def test_a_port_that_is_taken():
         port = taken.getsockname()[1]
         with pytest.raises(DMCError, match=f"cannot listen on 127.0.0.1:{port}"):
             listen("127.0.0.1", port)
+
+
+def test_chat_templates(tmp_path, monkeypatch):
+    """A conversation becomes what Hugging Face makes of it, with one token for its beginning."""
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    from megatron_dmc.commands.prepare_data import END_OF_DOCUMENT, train_tokenizer
+
+    train_tokenizer(["a few words"], 260, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    begin = tokenizer.convert_tokens_to_ids(END_OF_DOCUMENT)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{END_OF_DOCUMENT} $A", special_tokens=[(END_OF_DOCUMENT, begin)]
+    )
+    tokenizer.chat_template = (
+        END_OF_DOCUMENT + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if messages[0].role != 'user' %}{{ raise_exception('a user must begin') }}{% endif %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    args = SimpleNamespace(
+        tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path), tokenizer_hf_no_use_fast=False,
+        tokenizer_hf_no_include_special_tokens=False, trust_remote_code=False, vocab_size=None, rank=1,
+        make_vocab_size_divisible_by=1, tensor_model_parallel_size=1, pad_vocab_size=False, vocab_file=None,
+        merge_file=None, special_tokens=None, chat_template=None, metadata_path=None, tokenizer_metadata=None,
+    )  # fmt: skip
+    monkeypatch.setattr("megatron_dmc.front_end.StreamingClient", MagicMock())
+
+    async def backend():
+        return EngineBackend(EngineAddress("nowhere", build_tokenizer(args), 64))
+
+    backend = asyncio.run(backend())
+    assert backend.tokenize("few") == [begin, *(tokenizer.convert_tokens_to_ids(tokenizer.tokenize("few")))]
+    tokens = backend.chat_tokens([{"role": "user", "content": "a few"}])
+    assert tokens.count(begin) == 1 and tokens[0] == begin
+    assert backend.detokenize(tokens) == "<user>a few<assistant>"
+    with pytest.raises(RequestFailed, match="cannot take these messages: a user must begin"):
+        backend.chat_tokens([{"role": "system", "content": "be brief"}])
 
 
 # The real engine.
