@@ -18,13 +18,11 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron.core.inference.inference_request import Status
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.utils import accepts_parameter
 
 from megatron_dmc.cli import quiet
 from megatron_dmc.config import DMCError
-from megatron_dmc.engine import failure
 from megatron_dmc.messages import StreamingClient
 from megatron_dmc.openai_answers import Tokens
 from megatron_dmc.openai_requests import RequestFailed, ServerOptions
@@ -86,22 +84,8 @@ class EngineBackend:
             raise RequestFailed(f"the tokenizer's chat template cannot take these messages: {error}") from error
         return list(found if isinstance(found, list) else found["input_ids"])
 
-    async def generate(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Tokens]:
-        arrived: asyncio.Queue = asyncio.Queue()
-        request_id, reply = self._client.stream_request(prompt, params, lambda *new: arrived.put_nowait(Tokens(*new)))
-        reply.add_done_callback(arrived.put_nowait)
-        sent, ended = 0, False
-        try:
-            while not ended:
-                item = await arrived.get()
-                if ended := not isinstance(item, Tokens):
-                    item = _rest(item.result(), sent)
-                sent += len(item.tokens)
-                if item.tokens:
-                    yield item
-        finally:
-            if not ended:
-                self._client.cancel(request_id)
+    def generate(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Tokens]:
+        return self._client.stream(prompt, params)
 
     def numbers(self) -> Mapping[str, float]:
         """Those of all data-parallel ranks together."""
@@ -112,14 +96,6 @@ class EngineBackend:
 
     def close(self) -> None:
         self._client.stop()
-
-
-def _rest(request, sent: int) -> Tokens:
-    """What an ended request has beyond the tokens that came before."""
-    if request.status == Status.FAILED:
-        raise RequestFailed(failure(request))
-    values = (request.generated_tokens, request.generated_log_probs, request.generated_top_n_logprobs)
-    return Tokens(*((found or [])[sent:] for found in values))
 
 
 # Between the two processes: an `EngineAddress` once the engine is there, `_END`, or text that says what has died.

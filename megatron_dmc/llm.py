@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +18,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron_dmc.checkpoint import LoadedModel, load
 from megatron_dmc.config import DMCError
 from megatron_dmc.engine import DMCController, DMCInferenceContext, DMCInferenceEngine, failure
+from megatron_dmc.openai_answers import Tokens
 
 
 def inference_config(
@@ -207,3 +209,37 @@ class LLM(_FromCheckpoint, MegatronLLM):
 
 class AsyncLLM(_FromCheckpoint, MegatronAsyncLLM):
     """The same for asyncio, over Megatron's `MegatronAsyncLLM` and its coordinator: `await llm.generate(…)`."""
+
+    async def stream(
+        self, prompt: str | list[int], sampling_params: SamplingParams | None = None
+    ) -> AsyncIterator[Tokens]:
+        """Generate, and yield what each step brought: tokens, and log-probabilities if they were asked for.
+
+        Tokens that may turn out to belong to a stop word come once that is settled. Closing the generator cancels the
+        request. On rank 0 alone.
+
+        Raises:
+            DMCError: if the prompt cannot be served.
+        """
+        self._assert_primary()
+        here, arrived = asyncio.get_running_loop(), asyncio.Queue()
+        client = self._coord_runtime.client
+
+        async def follow() -> None:
+            """On the event loop of the client, whose thread is another."""
+            try:
+                async with contextlib.aclosing(client.stream(prompt, sampling_params or SamplingParams())) as pieces:
+                    async for piece in pieces:
+                        here.call_soon_threadsafe(arrived.put_nowait, piece)
+                here.call_soon_threadsafe(arrived.put_nowait, None)
+            except Exception as error:
+                here.call_soon_threadsafe(arrived.put_nowait, error)
+
+        following = self._loop_manager.submit(follow())
+        try:
+            while (item := await arrived.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            following.cancel()

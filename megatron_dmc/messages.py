@@ -22,7 +22,7 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from enum import IntEnum
 from typing import Any
 
@@ -33,9 +33,13 @@ from megatron.core.inference.data_parallel_inference_coordinator.coordinator imp
 from megatron.core.inference.data_parallel_inference_coordinator.handlers import message_handler
 from megatron.core.inference.headers import Headers
 from megatron.core.inference.inference_client import InferenceClient
-from megatron.core.inference.inference_request import DynamicInferenceRequest
+from megatron.core.inference.inference_request import DynamicInferenceRequest, Status
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.utils import trace_async_exceptions
+
+from megatron_dmc.engine import failure
+from megatron_dmc.openai_answers import Tokens
+from megatron_dmc.openai_requests import RequestFailed
 
 
 class Serving(IntEnum):
@@ -163,6 +167,28 @@ class StreamingClient(InferenceClient):
         """Give a request up; without effect on one that has ended. Its reply holds what was generated."""
         self._send_signal_to_engines(Serving.CANCEL, request_id)
 
+    async def stream(self, prompt: str | list[int], sampling_params: SamplingParams) -> AsyncIterator[Tokens]:
+        """Generate, and yield what each step brought; closing the generator cancels the request.
+
+        Raises:
+            RequestFailed: where the engine cannot serve it.
+        """
+        arrived: asyncio.Queue = asyncio.Queue()
+        request_id, reply = self.stream_request(prompt, sampling_params, lambda *new: arrived.put_nowait(Tokens(*new)))
+        reply.add_done_callback(arrived.put_nowait)
+        sent, ended = 0, False
+        try:
+            while not ended:
+                item = await arrived.get()
+                if ended := not isinstance(item, Tokens):
+                    item = _rest(item.result(), sent)
+                sent += len(item.tokens)
+                if item.tokens:
+                    yield item
+        finally:
+            if not ended:
+                self.cancel(request_id)
+
     @trace_async_exceptions
     async def _recv_task(self) -> None:
         while True:
@@ -184,3 +210,11 @@ class StreamingClient(InferenceClient):
                 future = self.completion_futures.pop(request_id)
                 if not future.done():
                     future.set_result(DynamicInferenceRequest.deserialize(reply) if self.deserialize else reply)
+
+
+def _rest(request: DynamicInferenceRequest, sent: int) -> Tokens:
+    """What an ended request has beyond the tokens that came before."""
+    if request.status == Status.FAILED:
+        raise RequestFailed(failure(request))
+    values = (request.generated_tokens, request.generated_log_probs, request.generated_top_n_logprobs)
+    return Tokens(*((found or [])[sent:] for found in values))

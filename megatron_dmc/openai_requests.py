@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.inference.sampling_params import SamplingParams
 
+from megatron_dmc.config import DMCError
+
 if TYPE_CHECKING:
     from megatron_dmc.server import Backend
 
@@ -45,7 +47,7 @@ class ServerOptions:
     drain_seconds: float = 30.0
 
 
-class RequestFailed(Exception):
+class RequestFailed(DMCError):
     """The engine does not serve a request; the message says why."""
 
 

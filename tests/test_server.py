@@ -665,9 +665,20 @@ def test_streams_of_requests_that_give_way(megatron, fresh_seed, restless):  # n
             log_probs += piece.log_probs
         return tokens, log_probs
 
+    async def from_python(prompt):
+        tokens = [t async for piece in llm.stream(prompt, greedy(25)) for t in piece.tokens]
+        async with contextlib.aclosing(llm.stream(prompt, greedy(25, termination_id=-1))) as given_up:
+            async for _ in given_up:
+                break
+        return tokens
+
     async def main():
         backend = EngineBackend(EngineAddress.of(llm))
         try:
+            assert await asyncio.gather(*map(from_python, prompts)) == free
+            with pytest.raises(DMCError, match="leave no room for an answer"):
+                await anext(llm.stream([1] * 60))
+            await asyncio.to_thread(until, lambda: not llm.engine.requests)
             scored = dict(return_log_probs=True, skip_prompt_log_probs=True)
             one = await asyncio.gather(*(stream(backend, prompt, **scored) for prompt in prompts))
             stop = [Letters().detokenize(word) for word in words]
