@@ -135,6 +135,30 @@ def test_the_peak_of_running_requests(fresh_seed):
         assert account.peak(*new) == pytest.approx(most)
 
 
+def test_text_in_a_crowd(fresh_seed):
+    """Two hundred at once, while others come and go, or are given up: the same tokens as without a cache."""
+    chance = random.Random(fresh_seed)
+    model = model_of(num_layers=2)
+    prompts = prompts_of(*[1 + i % 9 for i in range(24)])
+    expected = [without_cache(model, prompt, 10) for prompt in prompts]
+    llm = serve(model, max_requests=200, max_step_tokens=256, max_sequence_length=24)
+    engine, futures, given_up, at_once = llm.engine, {}, set(), 0
+    while len(futures) < 320 or engine.has_unfinished_requests():
+        for _ in range(chance.randint(30, 90) if len(futures) < 320 else 0):
+            futures[len(futures)] = engine.add_request(len(futures), prompts[len(futures) % 24], greedy(10))
+        engine.step_modern()
+        at_once = max(at_once, llm.context.total_request_count)
+        if chance.random() < 0.5 and engine.requests:
+            chosen = chance.choice(list(engine.requests))
+            engine.cancel(chosen)
+            given_up.add(chosen)
+    assert at_once == 200
+    for index, future in futures.items():
+        if index not in given_up:
+            assert [t for r in future.result().requests for t in r.generated_tokens] == expected[index % 24], index
+    everything_returned(llm)
+
+
 def test_admission_leaves_room_to_grow(fresh_seed, monkeypatch):
     """With what is measured of compression hardly anybody has to give way, and yet several run at once."""
     prompts, evicted, at_once = prompts_of(*[20] * 30), [], []
