@@ -163,6 +163,8 @@ async def _serve(listener: socket.socket, options: ServerOptions, connection: Co
         except (EOFError, OSError):
             said = "the engine's process has ended"
             loop.remove_reader(connection.fileno())
+            if engine.done() and orders.dead is None:  # killed: it could not say so itself
+                print(f"megatron-dmc serve: {said}", file=sys.stderr, flush=True)
         if isinstance(said, EngineAddress):
             engine.set_result(said)
         elif said is _END:

@@ -166,6 +166,7 @@ async def end_engine(llm: AsyncLLM) -> None:
             await llm.shutdown()
     await asyncio.to_thread(process.join, 2)  # the message that ends it may have been lost with its socket
     process.kill()
+    process.join()
 
 
 def _follow(args: argparse.Namespace) -> None:
