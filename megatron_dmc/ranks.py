@@ -30,6 +30,7 @@ class Lifeline:
 
     def __init__(self) -> None:
         self._lost: int | None = None
+        self._ending = False
         self._connections: dict[socket.socket, int] = {}
         self._rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if world == 1:
@@ -56,9 +57,9 @@ class Lifeline:
         return self._lost
 
     def end(self) -> None:
-        """From here on the other ranks may go in their own time."""
-        connections, self._connections = self._connections, {}
-        for connection in connections:
+        """Rank 0: from here on the others may go in their own time, as it does itself."""
+        self._ending = True
+        for connection in self._connections:
             with contextlib.suppress(OSError):  # it was quicker
                 connection.sendall(_ORDERLY)
 
@@ -69,7 +70,7 @@ class Lifeline:
             said = ready[0].recv(1)
         except OSError:
             said = b""
-        if said == _ORDERLY or not self._connections:
+        if said == _ORDERLY or self._ending:
             return
         self._lost = self._connections[ready[0]]
         if self._rank:

@@ -781,7 +781,7 @@ def test_ranks(checkpoint, layout):
     sizes = [] if layout == "data" else [f"--{layout}-model-parallel-size", 2]
     asked = dict(max_tokens=12, temperature=0)
     prompts = ["5 6 7", "1 2 3 4 5 6 7 8 9", "50 40", "11"]
-    with commands(Command(checkpoint, *sizes, ranks=2)) as (server,):
+    with commands(Command(checkpoint, *sizes, "--max-sequence-length", 4000, ranks=2)) as (server,):
         printed = dmc(
             "generate", checkpoint, "--max-new-tokens", 12, *(x for prompt in prompts for x in ("--prompt", prompt))
         ).output
@@ -791,7 +791,7 @@ def test_ranks(checkpoint, layout):
         for prompt, answer in zip(prompts, answers, strict=True):
             assert f"{prompt}{answer['choices'][0]['text']}\n" in printed
         with contextlib.suppress(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(60, read=0.05)) as session:
-            session.post(f"{address}/v1/completions", json={"prompt": ["1"] * 50, "max_tokens": 20})
+            session.post(f"{address}/v1/completions", json={"prompt": ["1"] * 50, "max_tokens": 3900})
 
         def nothing_is_left():
             state = told(httpx.get(f"{address}/metrics").text)

@@ -98,6 +98,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise DMCError(f"cannot read prompts from {args.prompt_file}: {error}") from error
     if not prompts and args.prompt_file is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise DMCError("torchrun gives its standard input to no rank: give --prompt or --prompt-file")
         text = sys.stdin.read()
         prompts = [text[:-1] if text.endswith("\n") else text]
     if not prompts or not all(prompts):

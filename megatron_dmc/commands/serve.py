@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,11 +175,16 @@ def _follow(args: argparse.Namespace) -> None:
     from megatron_dmc.ranks import Lifeline
 
     llm = _engine(args)
-    lifeline = Lifeline()
+    Lifeline()
     for number in (signal.SIGTERM, signal.SIGINT):  # for rank 0 to mind, which has requests to finish
         signal.signal(number, signal.SIG_IGN)
-    asyncio.run(llm.wait_for_shutdown())
-    lifeline.end()
+    engine = llm.engine.engine_loop_task
+    while not engine.done():  # to await it would be in vain: its event loop dies with it
+        time.sleep(0.2)
+    if engine.exception() is not None:  # Megatron has printed it
+        sys.stderr.flush()
+        os._exit(1)  # by which rank 0 learns of it; what is left of the engine might never end
+    asyncio.run(llm.shutdown())
 
 
 def _check(args: argparse.Namespace) -> None:
