@@ -44,9 +44,8 @@ def main() -> None:
                 [point["rate"] for point in way["points"]], [point[f"latency_{share}_ms"] for point in way["points"]],
                 style, color="C7" if compression == "1" else "C2", label=f"{name}, {share}",
             )  # fmt: skip
-        right.axvline(way["capacity"], color="C7" if compression == "1" else "C2", linewidth=0.8, alpha=0.5)
     right.set(
-        xlabel="requests per second", ylabel="milliseconds per token, waiting included", xlim=(0, None), ylim=(0, 22)
+        xlabel="requests per second", ylabel="milliseconds per token, waiting included", xlim=(0, None), ylim=(0, None)
     )
     right.set_title(f"HTTP server, Llama-2-7B, {shape['shape']['cache_gib']:.0f} GiB of cache")
     right.legend()

@@ -90,6 +90,10 @@ def handle_state(coordinator, sender_identity, payload) -> None:
         coordinator.router_socket.send_multipart([client, pack(Serving.STATE, sender_identity, payload[1])])
 
 
+_ENGINE = b"mp-coord-"
+"""How the names of engines begin at the coordinator."""
+
+
 class _Router:
     """The coordinator's socket; what is meant for a client that has gone is dropped, and would end it otherwise."""
 
@@ -103,7 +107,7 @@ class _Router:
         try:
             self._socket.send_multipart(message)
         except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH or message[0] not in self._clients:
+            if error.errno != zmq.EHOSTUNREACH or message[0].startswith(_ENGINE):
                 raise
             self._clients.discard(message[0])
 

@@ -781,7 +781,8 @@ def test_ranks(checkpoint, layout):
     sizes = [] if layout == "data" else [f"--{layout}-model-parallel-size", 2]
     asked = dict(max_tokens=12, temperature=0)
     prompts = ["5 6 7", "1 2 3 4 5 6 7 8 9", "50 40", "11"]
-    with commands(Command(checkpoint, *sizes, "--max-sequence-length", 4000, ranks=2)) as (server,):
+    flags = [*sizes, "--max-sequence-length", 4000, "--drain-seconds", 1]
+    with commands(Command(checkpoint, *flags, ranks=2)) as (server,):
         printed = dmc(
             "generate", checkpoint, "--max-new-tokens", 12, *(x for prompt in prompts for x in ("--prompt", prompt))
         ).output
@@ -801,8 +802,12 @@ def test_ranks(checkpoint, layout):
         time.sleep(1)  # until it tells of a state after the cancellation
         until(nothing_is_left)
         assert post(address, prompt=prompts[0], **asked).json()["choices"] == answers[0]["choices"]
-        server.signal_rank(0, signal.SIGTERM)
-        output = server.process.communicate(timeout=60)[0]
+        with ThreadPoolExecutor(6) as pool:
+            cut = [pool.submit(post, address, prompt="1", max_tokens=3900) for _ in range(6)]
+            until(lambda: told(httpx.get(f"{address}/metrics").text)["running_requests"] != "0.0")
+            server.signal_rank(0, signal.SIGTERM)
+            output = server.process.communicate(timeout=60)[0]
+        assert {answer.result().status_code for answer in cut} == {503}
         assert server.process.returncode == 0 and "Traceback" not in output, output
 
 

@@ -167,7 +167,8 @@ def _generate(loaded, prompts: list[str], args: argparse.Namespace) -> None:
 def _report(llm) -> None:
     """What the cache kept of all prompts, to standard error."""
     account, shape, dtype = llm.context.account, llm.context.cache.shape, llm.context.cache.dtype
-    heads, tokens, n = shape.layers * shape.kv_heads, round(account.ended_tokens), account.ended
+    model = llm.loaded.model.config  # the whole of it, where ranks share it
+    heads, tokens, n = model.num_layers * model.num_query_groups, round(account.ended_tokens), account.ended
     entry_bytes = round(account.ended_entries * heads) * shape.page_bytes(dtype) // shape.page_entries
     vanilla_bytes = tokens * heads * 2 * shape.channels * dtype.itemsize
     print(

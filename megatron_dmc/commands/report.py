@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from megatron_dmc.config import DMCError
@@ -44,6 +45,8 @@ def main() -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise DMCError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise DMCError("report runs in one process: start it without torchrun")
     emulate_cuda()
     from megatron_dmc.checkpoint import load
     from megatron_dmc.evaluation import read_windows

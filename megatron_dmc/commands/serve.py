@@ -131,9 +131,9 @@ def _lead(args: argparse.Namespace, front_end: FrontEnd) -> None:
 
     llm = _engine(args)
     lifeline = Lifeline()
+    front_end.open(EngineAddress.of(llm))  # before a signal can write into the same pipe
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: front_end.end())
-    front_end.open(EngineAddress.of(llm))
     coordinator = llm.engine.inference_coordinator_process
     reason = None
     while reason is None and front_end.process.is_alive():
@@ -147,9 +147,10 @@ def _lead(args: argparse.Namespace, front_end: FrontEnd) -> None:
     if reason is None and front_end.process.exitcode:
         reason = "the process of the HTTP server has ended"
     if reason is None:
-        lifeline.end()
-        asyncio.run(end_engine(llm))
-        return
+        if asyncio.run(end_engine(llm)):
+            lifeline.end()
+            return
+        reason = "the engine does not end"
     print(f"megatron-dmc serve: {reason}", file=sys.stderr, flush=True)
     front_end.died(reason)
     front_end.process.join(10)
@@ -159,15 +160,17 @@ def _lead(args: argparse.Namespace, front_end: FrontEnd) -> None:
     os._exit(1)  # what is left of a dead engine, threads and collectives, might never end; the other ranks follow
 
 
-async def end_engine(llm: AsyncLLM) -> None:
-    """End the engine on all ranks, and its coordinator."""
-    process = llm.engine.inference_coordinator_process
+async def end_engine(llm: AsyncLLM) -> bool:
+    """End the engine on all ranks, and its coordinator; returns whether the ranks have heard of it."""
+    process, ended = llm.engine.inference_coordinator_process, False
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await llm.shutdown()
+            ended = True
     await asyncio.to_thread(process.join, 2)  # the message that ends it may have been lost with its socket
     process.kill()
     process.join()
+    return ended
 
 
 def _follow(args: argparse.Namespace) -> None:
