@@ -91,12 +91,6 @@ class Bytes:
         )
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def until(condition):
     """Wait for what must come to pass."""
     for _ in range(2000):
