@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 
 import torch
@@ -64,17 +64,19 @@ class PageAccount:
     different layers agree; of several ranks it is the worst.
 
     Attributes:
-        free: pages that nobody holds.
+        pages: of the pool.
+        free: pages that nobody holds, at least.
         held, needs, tokens, entries: of each slot, pages it holds, pages that its next token may take, tokens it has
             seen, and entries of a head on average.
         promised: pages that the chunks of the coming step may take.
         expected: by slot, the tokens of the request there: of its prompt, and of its answer at most.
-        rate: pages for a token, as measured.
+        rate: pages for a token, were they all full, as measured.
         next_token: pages that a request's next token may take, on average: one head in so many has filled its last one.
         ended, ended_tokens, ended_entries: how many requests have ended, their `tokens` and `entries` together; not
             those that gave way.
     """
 
+    pages: float
     free: float
     held: list[float]
     needs: list[float]
@@ -91,20 +93,28 @@ class PageAccount:
     @classmethod
     def empty(cls, pages: float, slots: int, page_entries: int) -> PageAccount:
         """Of a pool that nobody has used; nothing is known yet of how much merges."""
-        held, needs, tokens, entries = ([0.0] * slots for _ in range(4))
-        return cls(pages, held, needs, tokens, entries, rate=1 / page_entries, next_token=1 / page_entries)
+        of_slots = ([0.0] * slots for _ in range(4))
+        return cls(pages, pages, *of_slots, rate=1 / page_entries, next_token=1 / page_entries)
 
     def update(self, free: float, of_slots: list[list[float]]) -> None:
         """The state after a step."""
         self.free, self.promised = free, 0.0
         self.held, self.needs, self.tokens, self.entries = of_slots
         if total := sum(self.tokens):
-            self.rate = sum(self.held) / total
+            self.rate = sum(self.entries) / total * self.next_token
 
-    def release(self, slots: Sequence[int], gave_way: Container[int]) -> None:
+    def free_without(self, slots: Collection[int]) -> float:
+        """Pages that are free, at least, once `slots` have given theirs back.
+
+        One rank has the fewest free pages and another one may hold the most for a slot: their sum may be more than any
+        has. What all that stay hold is never underestimated.
+        """
+        return max(self.free, self.pages - (sum(self.held) - sum(self.held[slot] for slot in slots)))
+
+    def release(self, slots: Collection[int], gave_way: Container[int]) -> None:
         """What the requests in `slots` hold is free again; some of them gave way, the others have ended."""
+        self.free = self.free_without(slots)
         for slot in slots:
-            self.free += self.held[slot]
             if slot not in gave_way:
                 self.ended += 1
                 self.ended_tokens += self.tokens[slot]
@@ -128,17 +138,19 @@ class PageAccount:
 
         Every running request takes `rate` pages with each token until its answer is as long as it may be, and then
         gives all back. So most are held when one of them is about to end, and then by those with no less to come. Those
-        that a next token may take, on average, count as held: the step would not begin without them.
+        that a next token may take, on average, count as held: the step would not begin without them. A request's last
+        page is half full, on average.
         """
-        coming = [(answer, prompt * self.rate)]
+        coming = [(answer, 0.5 + prompt * self.rate)]
         for slot, (prompt_tokens, answer_tokens) in self.expected.items():
             seen = self.tokens[slot]
             left = min(prompt_tokens + answer_tokens - seen, answer_tokens)
-            coming.append((left, self.held[slot] + max(prompt_tokens - seen, 0) * self.rate))
-        held = most = 0.0
+            held = self.held[slot] or 0.5
+            coming.append((left, held + max(prompt_tokens - seen, 0) * self.rate))
+        together = most = 0.0
         for requests, (left, pages) in enumerate(sorted(coming, reverse=True), 1):
-            held += pages
-            most = max(most, held + requests * (left * self.rate + self.next_token))
+            together += pages
+            most = max(most, together + requests * (left * self.rate + self.next_token))
         return most
 
 
@@ -343,18 +355,22 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         chunk, chunk_row = self.chunked_prefill_request_id, self.get_index_of_chunked_prefill_request(safe=False)
         rows = [row for row, request_id in enumerate(ids) if request_id != chunk]
         stays = [row for row in rows if active[row]]
-        free = account.free + sum(account.held[slots[row]] for row in rows if not active[row])
+        gone = [slots[row] for row in rows if not active[row]]
         needs = sum(account.needs[slots[row]] for row in stays)
         youngest_first = sorted(stays, key=lambda row: -ids[row])
         evicted = []
-        while needs > free and youngest_first and len(youngest_first) + (chunk >= 0 and not self.chunk_gives_way) > 1:
+        while (
+            needs > account.free_without(gone)
+            and youngest_first
+            and len(youngest_first) + (chunk >= 0 and not self.chunk_gives_way) > 1
+        ):
             if chunk > ids[youngest_first[0]] and not self.chunk_gives_way:
                 self.chunk_gives_way = True
-                free += account.held[int(self.request_to_kv_block_ids[chunk_row, 0])]
+                gone.append(int(self.request_to_kv_block_ids[chunk_row, 0]))
                 continue
             row = youngest_first.pop(0)
             evicted.append(row)
-            free += account.held[slots[row]]
+            gone.append(slots[row])
             needs -= account.needs[slots[row]]
         return evicted
 

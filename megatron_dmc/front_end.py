@@ -160,7 +160,10 @@ async def _serve(listener: socket.socket, options: ServerOptions, connection: Co
     def hear() -> None:
         try:
             said = connection.recv()
-        except (EOFError, OSError):
+        except Exception as error:  # whatever a tokenizer's class may raise here that did not over there
+            if not isinstance(error, (EOFError, OSError)):
+                orders.died(f"the engine's tokenizer does not arrive in the server's process: {error}")
+                return
             said = "the engine's process has ended"
             loop.remove_reader(connection.fileno())
             if engine.done() and orders.dead is None:  # killed: it could not say so itself

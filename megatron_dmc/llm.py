@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -210,6 +210,16 @@ class LLM(_FromCheckpoint, MegatronLLM):
 class AsyncLLM(_FromCheckpoint, MegatronAsyncLLM):
     """The same for asyncio, over Megatron's `MegatronAsyncLLM` and its coordinator: `await llm.generate(…)`."""
 
+    def __init__(self, checkpoint: str | Path | LoadedModel, **settings: Any) -> None:
+        super().__init__(checkpoint, **settings)
+        self._end_stream: set[Callable[[], None]] = set()
+
+    async def shutdown(self) -> None:
+        """As Megatron's; streams that are open end with a `DMCError`."""
+        for end in list(self._end_stream):
+            end()
+        await super().shutdown()
+
     async def stream(
         self, prompt: str | list[int], sampling_params: SamplingParams | None = None
     ) -> AsyncIterator[Tokens]:
@@ -219,11 +229,19 @@ class AsyncLLM(_FromCheckpoint, MegatronAsyncLLM):
         request. On rank 0 alone.
 
         Raises:
-            DMCError: if the prompt cannot be served.
+            DMCError: if the prompt cannot be served, or the engine is shut down before the answer has ended.
         """
         self._assert_primary()
+        down = DMCError("the engine has been shut down")
+        if self._shutdown_called:
+            raise down
         here, arrived = asyncio.get_running_loop(), asyncio.Queue()
         client = self._coord_runtime.client
+
+        def end() -> None:
+            following.cancel()
+            with contextlib.suppress(RuntimeError):  # the stream's event loop has ended before
+                here.call_soon_threadsafe(arrived.put_nowait, down)
 
         async def follow() -> None:
             """On the event loop of the client, whose thread is another."""
@@ -236,10 +254,12 @@ class AsyncLLM(_FromCheckpoint, MegatronAsyncLLM):
                 here.call_soon_threadsafe(arrived.put_nowait, error)
 
         following = self._loop_manager.submit(follow())
+        self._end_stream.add(end)
         try:
             while (item := await arrived.get()) is not None:
                 if isinstance(item, Exception):
                     raise item
                 yield item
         finally:
+            self._end_stream.discard(end)
             following.cancel()

@@ -16,6 +16,8 @@ its tables.
 from __future__ import annotations
 
 import asyncio
+import copy
+import logging
 import multiprocessing
 import os
 import signal
@@ -30,7 +32,7 @@ import msgpack
 import zmq
 from megatron.core.inference import headers
 from megatron.core.inference.data_parallel_inference_coordinator.coordinator import DataParallelInferenceCoordinator
-from megatron.core.inference.data_parallel_inference_coordinator.handlers import message_handler
+from megatron.core.inference.data_parallel_inference_coordinator.handlers import HANDLERS, message_handler
 from megatron.core.inference.headers import Headers
 from megatron.core.inference.inference_client import InferenceClient
 from megatron.core.inference.inference_request import DynamicInferenceRequest, Status
@@ -40,6 +42,9 @@ from megatron.core.utils import trace_async_exceptions
 from megatron_dmc.engine import failure
 from megatron_dmc.openai_answers import Tokens
 from megatron_dmc.openai_requests import RequestFailed
+
+
+logger = logging.getLogger(__name__)
 
 
 class Serving(IntEnum):
@@ -94,14 +99,47 @@ _ENGINE = b"mp-coord-"
 """How the names of engines begin at the coordinator."""
 
 
+_FROM_ENGINES = (Headers.ENGINE_REPLY, Headers.DISCONNECT, Serving.TOKENS, Serving.STATE)
+
+
+def understood(sender: bytes, parts: list[bytes]) -> bool:
+    """Whether a message to the coordinator is one that its handlers take."""
+    if len(parts) != 1:
+        return False
+    if parts[0] == b"":  # an engine's first message
+        return sender.startswith(_ENGINE)
+    try:
+        header, *rest = msgpack.unpackb(parts[0], raw=False)
+        handled = Headers(header) in HANDLERS
+    except Exception:  # of msgpack and of what is no list: whatever bytes a stranger may have sent
+        return False
+    if header == Headers.SUBMIT_REQUEST:
+        kinds = [int, (str, list), dict]
+        handled = len(rest) == 3 and all(map(isinstance, rest, kinds))
+    elif header == Serving.CANCEL:
+        handled = len(rest) == 1 and isinstance(rest[0], int)
+    return handled and sender.startswith(_ENGINE) == (header in _FROM_ENGINES)
+
+
 class _Router:
-    """The coordinator's socket; what is meant for a client that has gone is dropped, and would end it otherwise."""
+    """The coordinator's socket.
+
+    What is meant for a client that has gone, and what the coordinator does not understand, is dropped: either would end
+    it.
+    """
 
     def __init__(self, socket: zmq.Socket, clients: set[bytes]) -> None:
         self._socket, self._clients = socket, clients
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._socket, name)
+
+    def recv_multipart(self) -> list[bytes]:
+        while True:
+            sender, *parts = self._socket.recv_multipart()
+            if understood(sender, parts):
+                return [sender, *parts]
+            logger.warning("a message that is not understood came from %s; it is ignored", sender)
 
     def send_multipart(self, message: list[bytes]) -> None:
         try:
@@ -161,6 +199,7 @@ class StreamingClient(InferenceClient):
         Returns:
             the request's number, for `cancel`, and the future of its reply.
         """
+        sampling_params = copy.copy(sampling_params)  # the caller's own stay as they are
         sampling_params.add_attributes({"stream": True})
         request_id = self.next_request_id
         future = self.add_request(prompt, sampling_params)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 COMPLETION_TOKENS = 16
 """Tokens that a completion generates if the request does not say; OpenAI's default. A chat goes on to the limit."""
 
+NEVER = -1
+"""The token that ends an answer with `ignore_eos`, a field that OpenAI's servers lack and others have: none does."""
+
 MAX_LOG_PROBS = 20
 MAX_STOP_WORDS = 16
 
@@ -184,6 +187,8 @@ def read_job(body: Any, backend: Backend, options: ServerOptions, *, chat: bool)
     if stream_options is not None and not isinstance(stream_options, dict):
         raise Refusal(f"stream_options must be an object; got {_shown(stream_options)}", "stream_options")
     sampling = _sampling(fields, backend)
+    if fields.flag("ignore_eos"):
+        sampling["termination_id"] = NEVER
     stop = _stop(fields)
     prompts = [_chat_prompt(fields, backend)] if chat else _prompts(fields, backend)
     if len(prompts) * n > options.max_concurrent:

@@ -340,7 +340,7 @@ class Server:
         """One answer of a job, into the queue."""
         prompt, params = job.prompts[index // job.n], job.params[index // job.n]
         text, generated, first = AnswerText(self.backend.detokenize, job.stop), 0, arrival
-        finish = "stop"
+        finish, end = "stop", self.backend.end if params.termination_id is None else None
         try:
             async with contextlib.aclosing(self.backend.generate(prompt, params)) as pieces:
                 async for piece in pieces:
@@ -349,7 +349,7 @@ class Server:
                         self._metrics.first_token.observe(first - arrival)
                     generated += len(piece.tokens)
                     self._metrics.generated_tokens.inc(len(piece.tokens))
-                    if piece.tokens[-1] == self.backend.end:
+                    if piece.tokens[-1] == end:
                         piece.tokens.pop()
                     elif generated >= params.num_tokens_to_generate:
                         finish = "length"

@@ -120,19 +120,41 @@ def test_the_peak_of_running_requests(fresh_seed):
     for _ in range(100):
         slots, rate = draw.randint(0, 6), draw.choice([0.25, 0.5])
         account = PageAccount.empty(1000.0, slots, 16)
-        account.rate = rate
+        account.rate = rate  # of pages that a request holds, the last one is half full
         for slot in range(slots):
             prompt, answer = draw.randint(1, 20), draw.randint(1, 20)
             seen = draw.choice([0, draw.randint(1, prompt), draw.randint(prompt, prompt + answer)])
-            account.expected[slot], account.tokens[slot], account.held[slot] = (prompt, answer), seen, seen * rate
+            account.expected[slot], account.tokens[slot] = (prompt, answer), seen
+            account.held[slot] = seen * rate + 0.5 if seen else 0.0
         new = draw.randint(1, 20), draw.randint(1, 20)
         running = [[prompt, prompt + answer, max(account.tokens[slot], prompt)]
                    for slot, (prompt, answer) in account.expected.items()] + [[new[0], sum(new), new[0]]]  # fmt: skip
         most = 0.0
         while running:
-            most = max(most, sum(seen * rate + 1 / 16 for _, _, seen in running))
+            most = max(most, sum(0.5 + seen * rate + 1 / 16 for _, _, seen in running))
             running = [[prompt, end, seen + 1] for prompt, end, seen in running if seen < end]
         assert account.peak(*new) == pytest.approx(most)
+
+
+def test_several_ranks_never_have_less_than_the_account_says(fresh_seed):
+    """Whoever gives pages back: it knows only the fewest free, and the most held, of any rank."""
+    draw = random.Random(fresh_seed)
+    for _ in range(100):
+        pools = [draw.randint(60, 80) for _ in range(draw.randint(1, 3))]
+        held = [[draw.randint(0, 10) for _ in range(6)] for _ in pools]
+        account = PageAccount.empty(min(pools), 6, 16)
+        ranks = list(zip(pools, held, strict=True))
+        worst = [max(of_slot) for of_slot in zip(*held, strict=True)]
+        account.update(min(pool - sum(own) for pool, own in ranks), [worst, [0] * 6, [0] * 6, [0] * 6])
+        left = list(range(6))
+        while left:
+            gone = draw.sample(left, draw.randint(1, len(left)))
+            left = [slot for slot in left if slot not in gone]
+            free = min(pool - sum(own[slot] for slot in left) for pool, own in ranks)
+            assert account.free_without(gone) <= free
+            account.release(gone, ())
+            assert account.free <= free and (account.free == free or len(pools) > 1)
+        assert account.free == min(pools)
 
 
 def test_text_in_a_crowd(fresh_seed):
@@ -141,7 +163,7 @@ def test_text_in_a_crowd(fresh_seed):
     model = model_of(num_layers=2)
     prompts = prompts_of(*[1 + i % 9 for i in range(24)])
     expected = [without_cache(model, prompt, 10) for prompt in prompts]
-    llm = serve(model, max_requests=200, max_step_tokens=256, max_sequence_length=24)
+    llm = serve(model, max_requests=200, max_step_tokens=512, max_sequence_length=24)
     engine, futures, given_up, at_once = llm.engine, {}, set(), 0
     while len(futures) < 320 or engine.has_unfinished_requests():
         for _ in range(chance.randint(30, 90) if len(futures) < 320 else 0):

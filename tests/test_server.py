@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -17,8 +19,12 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import httpx
+import msgpack
 import openai
 import pytest
+import torch
+import zmq
+from megatron.core.inference.headers import Headers
 from runs import ROOT, UNDECIDED, dmc, environment, launcher, train
 from test_engine import (
     Letters,
@@ -32,9 +38,11 @@ from test_engine import (
 
 from megatron_dmc.commands.serve import end_engine
 from megatron_dmc.config import DMCError
-from megatron_dmc.front_end import EngineAddress, EngineBackend, listen
+from megatron_dmc.front_end import EngineAddress, EngineBackend, _serve, listen
+from megatron_dmc.messages import Serving
 from megatron_dmc.openai_answers import AnswerText, Tokens
 from megatron_dmc.openai_requests import RequestFailed, ServerOptions
+from megatron_dmc.ranks import Lifeline, meeting_host
 from megatron_dmc.server import Orders, run
 
 END = 256
@@ -226,6 +234,17 @@ def test_chat_with_openais_client():
     assert backend.seen[1][1].num_tokens_to_generate == 100 - len(backend.seen[1][0])
 
 
+def test_answers_go_on_after_the_end_of_text_if_asked_to():
+    backend = Bytes("ok")
+
+    def client(address, orders):
+        return [post(address, max_tokens=3, ignore_eos=ignore).json()["choices"][0] for ignore in (False, True)]
+
+    answers, _ = serving(client, backend)
+    assert [(a["text"], a["finish_reason"]) for a in answers] == [("ok", "stop"), ("ok", "length")]
+    assert [params.termination_id for _, params in backend.seen] == [None, -1]
+
+
 @pytest.mark.parametrize("step", [1, 2, 3, 50])
 def test_stop_words(step):
     """Cut in the text, whatever the tokens, and streamed as unstreamed; what only looks like one is kept."""
@@ -282,6 +301,7 @@ BAD = [
     ({"n": 0}, "n must be a whole number from 1 to 256", "n"),
     ({"n": 257}, "got 257", "n"),
     ({"n": 200, "prompt": ["a", "b"]}, "2 prompts of 200 answers", "n"),
+    ({"ignore_eos": 1}, "ignore_eos must be true or false", "ignore_eos"),
     ({"stream": 1}, "stream must be true or false", "stream"),
     ({"stream_options": 1}, "stream_options must be an object", "stream_options"),
     ({"stop": [""]}, "none of them empty", "stop"),
@@ -566,6 +586,65 @@ def test_chat_templates(tmp_path, monkeypatch):
         backend.chat_tokens([{"role": "system", "content": "be brief"}])
 
 
+class Unreadable:
+    """What is pickled here and cannot be read there, such as a tokenizer of another version."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def test_an_engine_that_the_server_cannot_read(capfd):
+    ours, theirs = multiprocessing.Pipe()
+    ours.send(EngineAddress("tcp://127.0.0.1:1", Unreadable(), 10))
+    assert not asyncio.run(_serve(listen("127.0.0.1", 0), ServerOptions("tiny"), theirs))
+
+
+# Ranks.
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [(["here", "here"], "127.0.0.1"), (["here", "10.0.0.7"], "10.0.0.7"), (["10.0.0.7"], "10.0.0.7"), ([None], None)],
+)
+def test_where_ranks_meet(monkeypatch, others, expected):
+    """On loopback if all share it, else where other machines see rank 0's."""
+
+    def gather(found, own):
+        found[:] = [own, *(own if other == "here" else (("another", 1), other) for other in others)]
+
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1 + len(others))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    if expected is None:
+        with pytest.raises(DMCError, match="MASTER_ADDR must be the name or the IPv4 address of rank 0's machine"):
+            meeting_host()
+    else:
+        assert meeting_host() == expected
+
+
+def test_strangers_are_no_ranks(monkeypatch):
+    """Whatever else connects where ranks meet, or says nothing there."""
+    port = []
+
+    def broadcast(secret, src):
+        (host, number), password = secret[0]
+        port.append(number)
+        for said in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"", password + struct.pack("!i", 1)):
+            opened.append(socket.create_connection((host, number)))
+            opened[-1].sendall(said)
+            if said == b"":
+                opened[-1].close()
+
+    opened = []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    lifeline = Lifeline("127.0.0.1")
+    assert lifeline.lost is None
+    opened[-1].close()
+    until(lambda: lifeline.lost == 1)
+
+
 # The real engine.
 
 
@@ -590,9 +669,16 @@ def test_through_the_coordinator(megatron, fresh_seed):
         backends.append(EngineBackend(EngineAddress.of(llm)))
         return backends[0]
 
+    noise = [b"", b"noise", b"\x03", msgpack.packb([999]), msgpack.packb([Headers.SUBMIT_REQUEST.value, 1]),
+             msgpack.packb([Headers.ENGINE_REPLY.value, []]), msgpack.packb([Serving.CANCEL.value, "x"])]  # fmt: skip
     try:
 
         def client(address, orders):
+            with zmq.Context() as strangers, strangers.socket(zmq.DEALER) as stranger:
+                stranger.connect(llm._coord_runtime.coord_addr)
+                for message in noise:
+                    stranger.send(message)
+                stranger.send_multipart([b"", b"noise"])
             asked = dict(prompt=prompts, max_tokens=30, temperature=0, logprobs=2)
             whole = post(address, **asked).json()
             pieces = chunks(post(address, stream=True, **asked).text)
@@ -676,7 +762,17 @@ def test_streams_of_requests_that_give_way(megatron, fresh_seed, restless):  # n
             scored = dict(return_log_probs=True, skip_prompt_log_probs=True)
             one = await asyncio.gather(*(stream(backend, prompt, **scored) for prompt in prompts))
             stop = [Letters().detokenize(word) for word in words]
-            return one, await asyncio.gather(*(stream(backend, prompt, stop_words=stop) for prompt in prompts))
+            stopped = await asyncio.gather(*(stream(backend, prompt, stop_words=stop) for prompt in prompts))
+            params = greedy(25, termination_id=-1)
+            going_on = llm.stream([1], params)
+            await anext(going_on)
+            assert not hasattr(params, "stream")
+            await end_engine(llm)
+            for cut in (going_on, llm.stream([1])):
+                with pytest.raises(DMCError, match="has been shut down"):
+                    async for _ in cut:
+                        pass
+            return one, stopped
         finally:
             backend.close()
             await end_engine(llm)
@@ -749,7 +845,7 @@ def commands(*started):
             for pid in (*below, command.process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            command.process.wait()
+            print(command.process.communicate()[0])  # shown where the test fails
 
 
 def test_command(checkpoint):
@@ -773,7 +869,7 @@ def test_command(checkpoint):
 def test_ranks(checkpoint, layout):
     """Ranks answer as one process does, give up what clients give up, and end together."""
     sizes = [] if layout == "data" else [f"--{layout}-model-parallel-size", 2]
-    asked = dict(max_tokens=12, temperature=0)
+    asked, endless = dict(max_tokens=12, temperature=0), dict(max_tokens=3900, ignore_eos=True)
     prompts = ["5 6 7", "1 2 3 4 5 6 7 8 9", "50 40", "11"]
     flags = [*sizes, "--max-sequence-length", 4000, "--drain-seconds", 1]
     with commands(Command(checkpoint, *flags, ranks=2)) as (server,):
@@ -786,7 +882,7 @@ def test_ranks(checkpoint, layout):
         for prompt, answer in zip(prompts, answers, strict=True):
             assert f"{prompt}{answer['choices'][0]['text']}\n" in printed
         with contextlib.suppress(httpx.ReadTimeout), httpx.Client(timeout=httpx.Timeout(60, read=0.05)) as session:
-            session.post(f"{address}/v1/completions", json={"prompt": ["1"] * 50, "max_tokens": 3900})
+            session.post(f"{address}/v1/completions", json={"prompt": ["1"] * 50, **endless})
 
         def nothing_is_left():
             state = told(httpx.get(f"{address}/metrics").text)
@@ -797,12 +893,12 @@ def test_ranks(checkpoint, layout):
         until(nothing_is_left)
         assert post(address, prompt=prompts[0], **asked).json()["choices"] == answers[0]["choices"]
         with ThreadPoolExecutor(6) as pool:
-            cut = [pool.submit(post, address, prompt="1", max_tokens=3900) for _ in range(6)]
+            cut = [pool.submit(post, address, prompt="1", **endless) for _ in range(6)]
             until(lambda: told(httpx.get(f"{address}/metrics").text)["running_requests"] != "0.0")
             server.signal_rank(0, signal.SIGTERM)
             output = server.process.communicate(timeout=60)[0]
-        assert {answer.result().status_code for answer in cut} == {503}
         assert server.process.returncode == 0 and "Traceback" not in output, output
+        assert {answer.result().status_code for answer in cut} == {503}
 
 
 def test_no_rank_outlives_another(checkpoint):

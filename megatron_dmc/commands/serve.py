@@ -18,6 +18,7 @@ from megatron_dmc.cpu import emulate_cuda
 if TYPE_CHECKING:
     from megatron_dmc.front_end import FrontEnd
     from megatron_dmc.llm import AsyncLLM
+    from megatron_dmc.ranks import Lifeline
 
 KEY_VARIABLE = "MEGATRON_DMC_API_KEY"
 
@@ -103,18 +104,23 @@ def main() -> None:
         _lead(args, front_end)
 
 
-def _engine(args: argparse.Namespace) -> AsyncLLM:
-    """This rank's part of the engine."""
+def _engine(args: argparse.Namespace) -> tuple[AsyncLLM, Lifeline]:
+    """This rank's part of the engine, and its connection to the others."""
+    from megatron_dmc.checkpoint import load
     from megatron_dmc.llm import AsyncLLM
-    from megatron_dmc.ranks import meeting_host
+    from megatron_dmc.ranks import Lifeline, meeting_host
 
-    return AsyncLLM(
+    loaded = load(
         args.checkpoint,
         tokenizer_model=args.tokenizer_model,
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+    )
+    host = meeting_host()
+    llm = AsyncLLM(
+        loaded,
         cache_fp8=args.cache_fp8,
-        coordinator_host=meeting_host(),
+        coordinator_host=host,
         seed=args.seed,
         max_sequence_length=args.max_sequence_length,
         cache_gib=args.cache_gib,
@@ -122,15 +128,14 @@ def _engine(args: argparse.Namespace) -> AsyncLLM:
         max_requests=args.max_requests,
         max_step_tokens=args.max_step_tokens,
     )
+    return llm, Lifeline(host)
 
 
 def _lead(args: argparse.Namespace, front_end: FrontEnd) -> None:
     """Rank 0: the engine with the HTTP server in front, until that has ended, or anything that it needs."""
     from megatron_dmc.front_end import EngineAddress
-    from megatron_dmc.ranks import Lifeline
 
-    llm = _engine(args)
-    lifeline = Lifeline()
+    llm, lifeline = _engine(args)
     front_end.open(EngineAddress.of(llm))  # before a signal can write into the same pipe
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: front_end.end())
@@ -175,10 +180,7 @@ async def end_engine(llm: AsyncLLM) -> bool:
 
 def _follow(args: argparse.Namespace) -> None:
     """The other ranks: the engine, until rank 0 ends it or dies."""
-    from megatron_dmc.ranks import Lifeline
-
-    llm = _engine(args)
-    Lifeline()
+    llm, _ = _engine(args)
     for number in (signal.SIGTERM, signal.SIGINT):  # for rank 0 to mind, which has requests to finish
         signal.signal(number, signal.SIG_IGN)
     engine = llm.engine.engine_loop_task
