@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -136,14 +137,22 @@ class VanillaAttention:
     Attributes:
         plans_once: the plan for decoding stays what it is, but for the lengths of sequences, which stay in their
             blocks. What planning costs the host is then left out of the times.
+        planned: steps that were planned, and the seconds that it took of the host.
     """
 
     def __init__(self, context: Any, shape: Shape) -> None:
         self._context, self._shape = context, shape
         self._captured: dict[int, Any] = {}
+        self._pages: dict[int | None, tuple[Tensor, Tensor]] = {}  # what each graph's plan is for
         self._wrapper = self._eager = self._prompts = None
         self._float_workspace: Tensor | None = None
         self.plans_once = False
+        self.planned = 0, 0.0
+
+    def plan_once(self) -> None:
+        """From the next step on, see `plans_once`."""
+        self.plans_once = True
+        self._pages.clear()
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -172,11 +181,10 @@ class VanillaAttention:
             self._wrapper = self._captured[padded] if captured else self._decoder(None)
             lengths = torch.ones(padded if captured else decoding, dtype=torch.long)
             lengths[:decoding] = held[:decoding] + 1
-            if self.plans_once and getattr(self._wrapper, "planned", False):
-                self._wrapper._paged_kv_last_page_len_buf.copy_((lengths - 1) % BLOCK + 1, non_blocking=True)
-                return
-            self._plan_decoding(lengths, blocks[:decoding])
-            self._wrapper.planned = self.plans_once
+            if self.plans_once and captured and padded in self._pages:
+                self._set_last_pages(lengths)
+            else:
+                self._plan_decoding(lengths, blocks[:decoding], padded if captured else None)
 
     def _decoder(self, rows: int | None) -> Any:
         """For a CUDA graph of so many rows, or any."""
@@ -200,13 +208,23 @@ class VanillaAttention:
             self._eager = wrapper
         return wrapper
 
-    def _plan_decoding(self, lengths: Tensor, blocks: Tensor) -> None:
+    def _set_last_pages(self, lengths: Tensor) -> None:
+        self._wrapper._paged_kv_last_page_len_buf.copy_((lengths - 1) % BLOCK + 1, non_blocking=True)
+
+    def _plan_decoding(self, lengths: Tensor, blocks: Tensor, captured: int | None) -> None:
+        """A plan for `lengths`; for the graph of so many rows, it stays while their pages are the same."""
         shape = self._shape
         counts = (lengths + BLOCK - 1) // BLOCK
         starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         table = torch.zeros(len(lengths), int(counts.max()), dtype=torch.int32)
         table[: len(blocks)] = blocks[:, : table.shape[1]]
         indices = table[torch.arange(table.shape[1]) < counts[:, None]]
+        before, pages = self._pages.get(captured), (starts, indices)
+        if before is not None and all(map(torch.equal, before, pages)):
+            self._set_last_pages(lengths)
+            return
+        if captured is not None:
+            self._pages[captured] = pages
         last = ((lengths - 1) % BLOCK + 1).int()
         self._wrapper.plan(
             starts, indices, last, shape.heads, shape.kv_heads, shape.hidden // shape.heads, BLOCK,
@@ -267,8 +285,11 @@ class VanillaController(WholeStepController):
 
     def _dynamic_step_forward_logits(self, input_ids: Tensor, position_ids: Tensor) -> None:
         if input_ids.is_cuda:
+            began = time.perf_counter()
             captured = self.captures and self.inference_wrapped_model.inference_context.using_cuda_graph_this_step()
             self.attention.plan(input_ids.shape[1], captured)
+            steps, seconds = self.attention.planned
+            self.attention.planned = steps + 1, seconds + time.perf_counter() - began
         super()._dynamic_step_forward_logits(input_ids, position_ids)
 
 

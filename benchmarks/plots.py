@@ -38,11 +38,12 @@ def main() -> None:
     left.legend()
     (shape,) = serving["shapes"].values()
     for compression, way in shape["ways"].items():
+        points = sorted((p for p in way["points"] if not p["unfinished"]), key=lambda point: point["rate"])
         name = "vanilla" if compression == "1" else f"DMC {compression}×"
         for share, style in (("p95", "o-"), ("p50", "o:")):
             right.plot(
-                [point["rate"] for point in way["points"]], [point[f"latency_{share}_ms"] for point in way["points"]],
-                style, color="C7" if compression == "1" else "C2", label=f"{name}, {share}",
+                [point["rate"] for point in points], [point[f"latency_{share}_ms"] for point in points], style,
+                color="C7" if compression == "1" else "C2", label=f"{name}, {share}",
             )  # fmt: skip
     right.set(
         xlabel="requests per second", ylabel="milliseconds per token, waiting included", xlim=(0, None), ylim=(0, None)

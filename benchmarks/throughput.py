@@ -119,7 +119,7 @@ class Way:
         context.request_last_kv_block_offset[:n] = tokens % BLOCK
         context.token_to_block_idx[:n] = context.request_last_kv_block_id[:n]
         context.token_to_local_position_within_kv_block[:n] = tokens % BLOCK
-        self.attention.plans_once = True
+        self.attention.plan_once()
 
 
 def measure(way: Way, compression: int) -> dict[str, float]:

@@ -43,7 +43,6 @@ from megatron_dmc.engine import failure
 from megatron_dmc.openai_answers import Tokens
 from megatron_dmc.openai_requests import RequestFailed
 
-
 logger = logging.getLogger(__name__)
 
 

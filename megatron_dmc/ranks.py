@@ -24,10 +24,10 @@ _ORDERLY = b"."
 
 
 def meeting_host() -> str:
-    """Where rank 0 listens for the others. Every rank calls this, at the same time.
+    """Where this rank listens for others. Every rank calls this, at the same time.
 
-    Loopback where all share one, else the address that MASTER_ADDR, which is rank 0's machine, has on another one: on
-    its own, a machine's name often means its loopback.
+    Loopback where all share one. Else, on rank 0's machine, the address that MASTER_ADDR, its name, has on another one
+    (on its own, a machine's name often means its loopback); and on the others, the address they reach it from.
 
     Raises:
         DMCError: where MASTER_ADDR has no IPv4 address.
@@ -42,7 +42,11 @@ def meeting_host() -> str:
         return "127.0.0.1"
     if elsewhere[0] is None:
         raise DMCError(f"MASTER_ADDR must be the name or the IPv4 address of rank 0's machine; got {name!r}")
-    return elsewhere[0]
+    if _loopback() == found[0][0]:
+        return elsewhere[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((elsewhere[0], 9))  # sends nothing
+        return probe.getsockname()[0]
 
 
 def _loopback() -> tuple[str, int]:
@@ -66,7 +70,7 @@ class Lifeline:
     other ranks end with rank 0. Every rank constructs this, at the same time.
 
     Args:
-        host: where rank 0 listens, see `meeting_host`.
+        host: where this rank listens, see `meeting_host`.
 
     Raises:
         DMCError: if they do not find each other.

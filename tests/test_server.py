@@ -604,13 +604,22 @@ def test_an_engine_that_the_server_cannot_read(capfd):
 
 @pytest.mark.parametrize(
     ("others", "expected"),
-    [(["here", "here"], "127.0.0.1"), (["here", "10.0.0.7"], "10.0.0.7"), (["10.0.0.7"], "10.0.0.7"), ([None], None)],
+    [
+        (["0", "0"], "127.0.0.1"),
+        (["0", "10.0.0.7"], "10.0.0.7"),
+        (["0", "10.0.0.7", "10.0.0.8"], "10.0.0.7"),
+        (["other", "127.0.0.5"], "127.0.0.1"),  # the address from which 127.0.0.5 is reached
+        (["0", None], None),
+    ],
 )
 def test_where_ranks_meet(monkeypatch, others, expected):
-    """On loopback if all share it, else where other machines see rank 0's."""
+    """On loopback if all share it, else where the machines see each other; the first of `others` is this rank."""
 
     def gather(found, own):
-        found[:] = [own, *(own if other == "here" else (("another", 1), other) for other in others)]
+        mine, *rest = others
+        first = own if mine == "0" else (("rank 0's", 1), "127.0.0.1")
+        found[:] = [first, own if mine == "0" else (own[0], rest[0])]
+        found += [own if other == "0" else (("another", 1), other) for other in rest]
 
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1 + len(others))
@@ -894,7 +903,7 @@ def test_ranks(checkpoint, layout):
         assert post(address, prompt=prompts[0], **asked).json()["choices"] == answers[0]["choices"]
         with ThreadPoolExecutor(6) as pool:
             cut = [pool.submit(post, address, prompt="1", **endless) for _ in range(6)]
-            until(lambda: told(httpx.get(f"{address}/metrics").text)["running_requests"] != "0.0")
+            until(lambda: told(httpx.get(f"{address}/metrics").text)["running_requests"] == "6.0")
             server.signal_rank(0, signal.SIGTERM)
             output = server.process.communicate(timeout=60)[0]
         assert server.process.returncode == 0 and "Traceback" not in output, output
