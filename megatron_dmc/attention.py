@@ -26,6 +26,7 @@ from megatron_dmc.cache import PagedCache
 from megatron_dmc.compression import Compression
 from megatron_dmc.config import DMCError
 from megatron_dmc.context import HoldsPages
+from megatron_dmc.context_parallel import all_tokens, gathered, own_tokens
 from megatron_dmc.ops.fused import choose_kernel, dmc_attention
 from megatron_dmc.ops.noise import LogisticNoise
 from megatron_dmc.ops.paged import choose_paged_kernel, paged_attention
@@ -68,7 +69,7 @@ class DMCCoreAttention(MegatronModule):
         compression: Compression,
         pg_collection: Any,
         softmax_scale: float | None = None,
-        **_: Any,  # mask type, attention type, CP communication: always causal self-attention without CP
+        **_: Any,  # mask type, attention type, CP communication: always causal self-attention, CP by all-to-all
     ) -> None:
         super().__init__(config=config)
         self.layer = layer_number - 1
@@ -78,7 +79,7 @@ class DMCCoreAttention(MegatronModule):
         self.observer: Callable[[Tensor], Any] | None = None
         """Called with the decisions `[s, b, g]` of every pass through a cache, where someone wants to see them."""
         self.settings = dict(scale=softmax_scale, interleaved=config.rotary_interleaved)
-        self._tp = pg_collection.tp
+        self._tp, self._cp = pg_collection.tp, pg_collection.cp
 
     def forward(
         self,
@@ -93,19 +94,26 @@ class DMCCoreAttention(MegatronModule):
     ) -> Tensor:
         """`query` `[s, b, h, d]`, `key, value` `[s, b, g, d]`, unrotated, this rank's heads; returns `[s, b, h*d]`.
 
-        The attention is causal; `attention_mask` is not read.
+        The attention is causal; `attention_mask` is not read. With context parallelism `s` are this rank's tokens.
         """
+        if get_pg_size(self._cp) == 1:
+            return self._attend(query, key, value, attention_bias).flatten(2)
+        if attention_bias.cache is not None or attention_bias.paged is not None:
+            raise DMCError("a model with context parallelism does not generate: load it with context_parallel_size = 1")
+        output = self._attend(*all_tokens(query, key, value, self._cp), attention_bias)
+        return own_tokens(output, self._cp).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, call: DMCCall) -> Tensor:
+        """All tokens; returns `[s, b, h, d]`."""
         dmc = self.compression.config
-        call = attention_bias
         if not dmc.merges:
             if call.cache is not None or call.paged is not None:
                 raise DMCError(
                     f"stage {dmc.dmc_stage} does not compress: there is no cache to generate from before `retrofit`"
                 )
-            output = zero_out_attention(
+            return zero_out_attention(
                 query, key, value, call.rotary, last_channel=self.compression.last_channel, **self.settings
             )
-            return output.flatten(2)
 
         settings = dict(
             self.settings, window=dmc.dmc_window_size, offset=dmc.dmc_init_val if self.merging else math.inf
@@ -114,7 +122,7 @@ class DMCCoreAttention(MegatronModule):
             output, alpha = dmc_attention_cached(query, key, value, call.rotary, call.cache, **settings)
             if self.observer is not None:
                 self.observer(alpha)
-            return output.flatten(2)
+            return output
         if call.paged is not None:
             return self._paged(query, key, value, call, settings)
         settings["kernel"] = choose_kernel(query) if dmc.dmc_kernel == "auto" else dmc.dmc_kernel
@@ -127,7 +135,7 @@ class DMCCoreAttention(MegatronModule):
             self.compression.kernel = settings["kernel"]
         else:
             output, _ = dmc_attention(query, key, value, call.rotary, **settings)
-        return output.flatten(2)
+        return output
 
     def _paged(self, query: Tensor, key: Tensor, value: Tensor, call: DMCCall, settings: dict) -> Tensor:
         cache = call.paged.cache
@@ -146,7 +154,7 @@ class DMCCoreAttention(MegatronModule):
             self.observer(alpha[:, None])
         if len(output) < tokens:
             output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, tokens - len(output)))
-        return output[:, None].flatten(2)
+        return output[:, None]
 
     def paged_kernel(self, query: Tensor, cache: PagedCache) -> str:
         """The kernel of `paged_attention` for queries like these; "fused" never waits for the device."""
@@ -156,11 +164,12 @@ class DMCCoreAttention(MegatronModule):
         """Logistic noise for this pass, the difference of two standard Gumbel variables.
 
         Its key comes from the default generator, whose state Megatron saves for recomputation and in checkpoints and
-        keeps equal over tensor-parallel ranks, so that a head's noise does not depend on the layout. That state is
-        also equal over data-parallel ranks: each has a stream of its own.
+        keeps equal over tensor- and context-parallel ranks, so that a head's noise does not depend on the layout. That
+        state is also equal over data-parallel ranks: each has a stream of its own.
         """
         stream = parallel_state.get_data_parallel_rank() if parallel_state.is_initialized() else 0
-        return LogisticNoise.draw(key.device, stream, first_head=get_pg_rank(self._tp) * key.shape[2])
+        share = get_pg_rank(self._tp) * get_pg_size(self._cp) + get_pg_rank(self._cp)
+        return LogisticNoise.draw(key.device, stream, first_head=share * key.shape[2])
 
 
 class DMCSelfAttention(SelfAttention):
@@ -249,6 +258,8 @@ class DMCSelfAttention(SelfAttention):
     def _rotary_tables(self, embedding: Any, positions: slice, owner: Compression | HoldsPages) -> Rotary | None:
         """`(cos, sin)` from the angles `[s, 1 | b, 1, d_rot]` that Megatron passes, at `positions`, in float32.
 
+        With context parallelism those are the angles of this rank's tokens, and the tables are for all.
+
         Megatron gives both channels of a pair their angle, the same one; the tables hold it once.
         Megatron passes one tensor to all layers, and the same one in every step: its tables are made once, and kept
         with their `owner`.
@@ -268,6 +279,8 @@ class DMCSelfAttention(SelfAttention):
     def _make_rotary_tables(self, angles: Tensor, positions: slice) -> Rotary:
         if angles.shape[0] != positions.stop - positions.start:  # a table for all positions, not for this pass alone
             angles = angles[positions]
+        if get_pg_size(self.pg_collection.cp) > 1:
+            angles = gathered(angles, self.pg_collection.cp)
         angles = angles.squeeze(2).float()
         angles = angles[..., ::2] if self.config.rotary_interleaved else angles[..., : angles.shape[-1] // 2]
         angles = angles.squeeze(1) if angles.shape[1] == 1 else angles
@@ -328,6 +341,10 @@ class DMCSelfAttention(SelfAttention):
         return ((group * stride + head) * d + d - 1).flatten()
 
 
+def _kinds(cp_comm_type: str | list[str] | None) -> set[str | None]:
+    return set(cp_comm_type) if isinstance(cp_comm_type, list) else {cp_comm_type}
+
+
 def check_model(config: TransformerConfig) -> None:
     """Refuse a model that DMC cannot serve, by the name of the setting.
 
@@ -340,11 +357,21 @@ def check_model(config: TransformerConfig) -> None:
         (config.softmax_type != "vanilla", "softmax_type", "attention sinks are not part of DMC's softmax"),
         (config.attention_dropout > 0, "attention_dropout", "set it to 0 (--attention-dropout 0)"),
         (config.experimental_attention_variant is not None, "experimental_attention_variant", "DMC is one itself"),
-        (config.context_parallel_size > 1, "context_parallel_size", "a merge would cross the border of two ranks"),
         (
-            config.num_query_groups < config.tensor_model_parallel_size,
+            config.num_query_groups % config.tensor_model_parallel_size,
             "tensor_model_parallel_size",
-            f"there are only {config.num_query_groups} KV heads to share out",
+            f"there are {config.num_query_groups} KV heads to share out",
+        ),
+        (
+            config.num_query_groups // config.tensor_model_parallel_size % config.context_parallel_size,
+            "context_parallel_size",
+            f"ranks share out the {config.num_query_groups} KV heads, those of the same tokens after "
+            f"tensor_model_parallel_size = {config.tensor_model_parallel_size} did; it must divide what that leaves",
+        ),
+        (
+            config.context_parallel_size > 1 and _kinds(config.cp_comm_type) != {"a2a"},
+            "cp_comm_type",
+            "a merge needs all tokens of its KV head: set it to a2a (--cp-comm-type a2a)",
         ),
         (config.fused_single_qkv_rope, "fused_single_qkv_rope", "DMC rotates after the merge"),
         (config.flash_decode, "flash_decode", "it stores rotated keys"),

@@ -240,7 +240,7 @@ def test_recomputation_repeats_the_noise_and_counts_once(fresh_seed, how):
 
 
 def test_noise_is_logistic_and_the_same_for_a_head_in_every_layout(fresh_seed):
-    """Two ranks of a tensor-parallel pair draw, from the same state, the two halves of what one process draws."""
+    """Ranks that share out the heads draw, from the same state, their shares of what one process draws."""
     from megatron_dmc.attention import DMCCoreAttention
 
     class Group:
@@ -253,14 +253,15 @@ def test_noise_is_logistic_and_the_same_for_a_head_in_every_layout(fresh_seed):
         def size(self):
             return self._size
 
-    def draw(rank, size):
-        collection = type("Groups", (), {"tp": Group(rank, size)})
+    def draw(rank, size, cp=1):
+        collection = type("Groups", (), {"tp": Group(rank // cp, size // cp), "cp": Group(rank % cp, cp)})
         core = DMCCoreAttention(config(), 1, compression=None, pg_collection=collection)
         torch.cuda.manual_seed(11)
         return core._noise(torch.zeros(500, 4, 4 // size, 8, device="cuda")).sample(500, 4, 4 // size)
 
     whole = draw(0, 1)
     assert torch.equal(torch.cat([draw(0, 2), draw(1, 2)], -1), whole)
+    assert torch.equal(torch.cat([draw(rank, 4, cp=2) for rank in range(4)], -1), whole)
     assert whole.isfinite().all()
     assert abs(whole.mean()) < 0.15 and abs(whole.var() / (math.pi**2 / 3) - 1) < 0.15
 
@@ -345,7 +346,12 @@ REFUSED = {
     "window_size": dict(window_size=(4, 0)),
     "softmax_type": dict(softmax_type="learnable"),
     "attention_dropout": dict(attention_dropout=0.1),
-    "context_parallel_size": dict(context_parallel_size=2),
+    "context_parallel_size": dict(context_parallel_size=4, cp_comm_type="a2a"),
+    "context_parallel_size = 2": dict(context_parallel_size=2, tensor_model_parallel_size=2, cp_comm_type="a2a"),
+    "cp_comm_type = None": dict(context_parallel_size=2),
+    "cp_comm_type = 'p2p'": dict(context_parallel_size=2, cp_comm_type="p2p"),
+    "cp_comm_type = 'all_gather'": dict(context_parallel_size=2, cp_comm_type="all_gather"),
+    "cp_comm_type = .'a2a', 'p2p'.": dict(context_parallel_size=2, cp_comm_type=["a2a", "p2p"]),
     "tensor_model_parallel_size": dict(tensor_model_parallel_size=4),
     "fused_single_qkv_rope": dict(fused_single_qkv_rope=True),
     "flash_decode": dict(flash_decode=True),

@@ -41,10 +41,31 @@ def assert_same_training(run, saved, alone):
         torch.testing.assert_close(saved[name], weight, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
 
 
+NOISY = [flag for flag in STAGE if flag != "--dmc-no-noise"]
+
+
+def test_noise_does_not_depend_on_the_layout(base, tmp_path):
+    """Nor on recomputation: the same random decisions for every head."""
+
+    def trained(folder, *flags, processes=1):
+        saved = ["--load", base, "--save", tmp_path / folder, "--save-interval", STEPS]
+        return train(*DESCENT, *NOISY, *saved, *flags, processes=processes), weights(tmp_path / folder)
+
+    alone, without = trained("alone"), train(*DESCENT, *STAGE, "--load", base)
+    assert alone[0].values("compression ratio") != without.values("compression ratio")
+    recomputed = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+    context = "--context-parallel-size 2 --cp-comm-type a2a".split()
+    for flags in (["--tensor-model-parallel-size", 2], [*context, *recomputed]):
+        assert_same_training(*trained(f"{flags[0]}", *flags, processes=2), alone)
+
+
 LAYOUTS = {
     "TP2": (2, "--tensor-model-parallel-size 2"),
     "PP2": (2, "--pipeline-model-parallel-size 2"),
     "interleaved PP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
+    "CP2": (2, "--context-parallel-size 2 --cp-comm-type a2a"),
+    "CP2 PP2": (4, "--context-parallel-size 2 --cp-comm-type a2a --pipeline-model-parallel-size 2"),
+    "CP2 DP2 per-token loss": (4, "--context-parallel-size 2 --cp-comm-type a2a --calculate-per-token-loss"),
     "TP2 PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "DP2": (2, ""),
     "one micro-batch": (1, "--micro-batch-size 8"),
