@@ -161,15 +161,10 @@ class DMCCoreAttention(MegatronModule):
         return "reference" if self.compression.config.dmc_kernel == "reference" else choose_paged_kernel(query, cache)
 
     def _noise(self, key: Tensor) -> LogisticNoise:
-        """Logistic noise for this pass, the difference of two standard Gumbel variables.
-
-        Its key comes from the default generator, whose state Megatron saves for recomputation and in checkpoints and
-        keeps equal over tensor- and context-parallel ranks, so that a head's noise does not depend on the layout. That
-        state is also equal over data-parallel ranks: each has a stream of its own.
-        """
+        """Logistic noise for this pass, the difference of two standard Gumbel variables; by head, in any layout."""
         stream = parallel_state.get_data_parallel_rank() if parallel_state.is_initialized() else 0
         share = get_pg_rank(self._tp) * get_pg_size(self._cp) + get_pg_rank(self._cp)
-        return LogisticNoise.draw(key.device, stream, first_head=share * key.shape[2])
+        return self.compression.noise(self.layer, key.device, stream, first_head=share * key.shape[2])
 
 
 class DMCSelfAttention(SelfAttention):

@@ -9,12 +9,25 @@ bit comes from the step before, reduced over all ranks once per step.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.ops.noise import LogisticNoise
+
+_NOISE = "dmc-noise-"
+"""How the names of layers' states begin among Megatron's."""
+
+
+def _forget_noise() -> None:
+    """Every step begins its own; checkpoints have none."""
+    states = get_cuda_rng_tracker().states_
+    for name in [name for name in states if name.startswith(_NOISE)]:
+        del states[name]
 
 
 @dataclass(frozen=True)
@@ -64,15 +77,35 @@ class Compression:
         """The angles that Megatron passed last, their positions, and the tables made from them, for all layers."""
         self._counts: Tensor | None = None  # [2, layers]: tokens that merged, tokens
         self._loss_scale: Tensor | float = 1.0
+        self.seed = 1234
+        """Of the noise; in Megatron's own training loop its --seed."""
+        _forget_noise()
 
     def begin_step(self, iteration: int, total: int) -> None:
         """Set the schedule for step `iteration` (from 0) of `total`."""
+        _forget_noise()
         self.iteration = iteration
         progress = min(1.0, iteration / total) if total else 1.0
         if self.config.dmc_stage == "zero-out":
             self.last_channel = max(0.0, 1 - progress / 0.8)
         else:
             self.target = 1 + (self.config.dmc_cr - 1) * (progress if self.config.dmc_stage == "retrofit" else 1.0)
+
+    def noise(self, layer: int, device: torch.device, stream: int, first_head: int) -> LogisticNoise:
+        """Noise for the next micro-batch of this step in layer `layer` (from 0).
+
+        It follows from the seed, the step, the layer and how many micro-batches the layer has had in this step: the
+        same in any layout (but for the data-parallel `stream`), and after a resumption in whatever layout. The count is
+        kept as a random state among Megatron's, which a recomputed forward pass finds as it was.
+        """
+        tracker, name = get_cuda_rng_tracker(), f"{_NOISE}{layer}"
+        if name not in tracker.states_:
+            text = f"{self.seed} {self.iteration} {layer}"
+            seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+            tracker.add(name, seed)
+            tracker.seeds_.discard(seed)  # a recomputed pass may come here again
+        with tracker.fork(name):
+            return LogisticNoise.draw(device, stream, first_head)
 
     @property
     def merge_target(self) -> float:
@@ -91,6 +124,7 @@ class Compression:
 
     def end_step(self) -> StepReport | None:
         """Reduce the counts over all ranks and set the bit for the next step; `None` if no decision was made."""
+        _forget_noise()
         if not self.config.merges:
             return None
         counts = (

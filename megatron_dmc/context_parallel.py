@@ -1,10 +1,10 @@
 """Context parallelism: in attention, every rank has all tokens of its share of the KV heads.
 
-Outside of attention each of `cp` ranks has `s/cp` tokens. Megatron cuts a sequence into `2·cp` chunks and gives rank `r`
-the chunks `r` and `2·cp - 1 - r`. A merge reaches back over the chunks' borders, and nothing else of DMC crosses KV
-heads; so queries, keys and values are exchanged, tokens for heads, before decisions are made, and outputs after attention
-(`--cp-comm-type a2a`; Jacobs et al., DeepSpeed-Ulysses, 2023). Each way is one all-to-all, as is its gradient, of
-`1/cp` of what a rank has to every other one.
+Outside of attention each of `cp` ranks has `s/cp` tokens. Megatron cuts a sequence into `2·cp` chunks and gives rank
+`r` the chunks `r` and `2·cp - 1 - r`. A merge reaches back over the chunks' borders, and nothing else of DMC crosses
+KV heads; so queries, keys and values are exchanged, tokens for heads, before decisions are made, and outputs after
+attention (`--cp-comm-type a2a`; Jacobs et al., DeepSpeed-Ulysses, 2023). Each way is one all-to-all, as is its
+gradient, of `1/cp` of what a rank has to every other one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def all_tokens(query: Tensor, key: Tensor, value: Tensor, group: Any) -> tuple[T
 
 
 def own_tokens(output: Tensor, group: Any) -> Tensor:
-    """The way back: from all tokens of this rank's heads `[s, b, h/cp, d]` to its tokens of all heads `[s/cp, b, h, d]`."""
+    """Back from all tokens of this rank's heads `[s, b, h/cp, d]` to its tokens of all heads `[s/cp, b, h, d]`."""
     cp = group.size()
     chunks = output.chunk(2 * cp)
     shares = torch.cat([chunks[i] for i in balanced(cp)]).unflatten(0, (cp, -1))

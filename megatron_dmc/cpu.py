@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import runpy
 import socket
@@ -158,6 +159,10 @@ def _emulate_devices() -> None:
             in_thread(self)
 
     threading.Thread.run = run_redirected
+    # The GPU's generator is the CPU's here, which changes where only the GPU's should.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )
 
     loader = torch.utils.data.DataLoader
     construct = loader.__init__

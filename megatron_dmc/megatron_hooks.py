@@ -126,6 +126,7 @@ def _begin_training(compression: Compression, model: list, iteration: int) -> No
     from megatron.training.global_vars import get_args
 
     compression.merge_rate = getattr(get_args(), MERGE_RATE, 0.0)
+    compression.seed = get_args().seed
     begins = compression.config.dmc_stage == "retrofit" and iteration == 0
     if begins and any(not layer.importance_is_zeroed() for layer in dmc_layers(model)):
         warnings.warn(

@@ -217,15 +217,18 @@ RECOMPUTE = {
 
 
 def recomputed_step(how, seed):
-    """Gradients and counts of one training step with noise, the same whatever is recomputed."""
+    """Gradients and counts of a training step with noise, two micro-batches under way, whatever is recomputed."""
     dmc = DMCConfig(dmc_stage="finetune", dmc_init_val=0.1, dmc_temp=0.5)
     torch.manual_seed(seed)
     model = gpt(config(**RECOMPUTE[how]), dmc).train()
     model.config.dmc_compression.begin_step(0, 10)
     torch.manual_seed(seed + 1)
-    tokens = torch.randint(0, 64, (BATCH, SEQ), device="cuda")
-    torch.cuda.manual_seed(seed + 2)
-    model(tokens, torch.arange(SEQ, device="cuda").expand(BATCH, -1), None).square().mean().backward()
+    model.config.dmc_compression.seed = seed
+    tokens, positions = torch.randint(0, 64, (BATCH, SEQ), device="cuda"), torch.arange(SEQ, device="cuda")
+    losses = [model(tokens, positions.expand(BATCH, -1), None).square().mean() for _ in range(2)]
+    assert losses[0] != losses[1]  # by their noise
+    for loss in losses:
+        loss.backward()
     return [p.grad for p in model.parameters()], model.config.dmc_compression._counts
 
 
@@ -233,7 +236,7 @@ def recomputed_step(how, seed):
 def test_recomputation_repeats_the_noise_and_counts_once(fresh_seed, how):
     grads, counts = recomputed_step(how, fresh_seed)
     expected_grads, expected_counts = recomputed_step("none", fresh_seed)
-    assert counts[1].tolist() == [SEQ * BATCH * 2] * 2
+    assert counts[1].tolist() == [2 * SEQ * BATCH * 2] * 2
     assert torch.equal(counts, expected_counts)
     for a, b in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -255,8 +258,10 @@ def test_noise_is_logistic_and_the_same_for_a_head_in_every_layout(fresh_seed):
 
     def draw(rank, size, cp=1):
         collection = type("Groups", (), {"tp": Group(rank // cp, size // cp), "cp": Group(rank % cp, cp)})
-        core = DMCCoreAttention(config(), 1, compression=None, pg_collection=collection)
-        torch.cuda.manual_seed(11)
+        compression = Compression(DMCConfig(dmc_stage="retrofit"), 2, 4)
+        compression.begin_step(5, 10)
+        core = DMCCoreAttention(config(), 1, compression=compression, pg_collection=collection)
+        torch.cuda.manual_seed(torch.seed())
         return core._noise(torch.zeros(500, 4, 4 // size, 8, device="cuda")).sample(500, 4, 4 // size)
 
     whole = draw(0, 1)

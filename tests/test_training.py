@@ -55,7 +55,8 @@ def test_noise_does_not_depend_on_the_layout(base, tmp_path):
     assert alone[0].values("compression ratio") != without.values("compression ratio")
     recomputed = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
     context = "--context-parallel-size 2 --cp-comm-type a2a".split()
-    for flags in (["--tensor-model-parallel-size", 2], [*context, *recomputed]):
+    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
+    for flags in (["--tensor-model-parallel-size", 2], [*context, *recomputed], stages):
         assert_same_training(*trained(f"{flags[0]}", *flags, processes=2), alone)
 
 

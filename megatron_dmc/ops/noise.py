@@ -17,7 +17,7 @@ class LogisticNoise:
     """Standard logistic noise, the difference of two standard Gumbel variables.
 
     Attributes:
-        key: int64 `[1]`, drawn from the generator that the training loop saves and restores.
+        key: int64 `[1]`.
         stream: separates draws that share a key, for instance the data-parallel ranks.
         first_head: index of the first KV head among those of all tensor-parallel ranks.
     """
