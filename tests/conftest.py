@@ -49,3 +49,13 @@ def outside_of_inference():
     yield
     if (utils := sys.modules.get("megatron.core.inference.utils")) is not None:
         utils.InferenceMode.unset_active()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A model to start every run from: layouts draw their random weights differently."""
+    from runs import train
+
+    folder = tmp_path_factory.mktemp("base")
+    train("--train-iters", 1, "--save", folder, "--save-interval", 1)
+    return folder

@@ -25,6 +25,10 @@ MODEL = """
     """.split()
 # Decisions that hang around their threshold, so that a step merges and appends: 5 and 0.1 would do neither here.
 UNDECIDED = ["--dmc-init-val", "0.1", "--dmc-temp", "0.5"]
+# Runs to compare with others, of a few steps of plain gradient descent.
+STEPS = 3
+DESCENT = [*["--optimizer", "sgd", "--sgd-momentum", "0", "--train-iters"], STEPS]
+STAGE = [*["--dmc-stage", "finetune", "--dmc-cr", "4", "--dmc-no-noise", "--finetune"], *UNDECIDED]
 
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ \|(.*)")
 VALUE = re.compile(r"([a-z ]+): ([-+0-9.E]+|nan|inf) \|")

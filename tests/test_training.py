@@ -1,4 +1,4 @@
-"""DMC in Megatron's own training loop: layouts, stages, resumption, the stock-script route, and what the log shows."""
+"""DMC in Megatron's own training loop: stages, resumption, the stock-script route, and what the log shows."""
 
 import math
 import os
@@ -6,119 +6,9 @@ import os
 import pytest
 import torch
 from conftest import HAVE_GPU
-from runs import MODEL, UNDECIDED, dmc, python, train, train_until_killed, weights
+from runs import DESCENT, MODEL, STAGE, STEPS, UNDECIDED, dmc, python, train, train_until_killed, weights
 
 pytestmark = pytest.mark.usefixtures("megatron")
-STEPS = 3
-# One step of plain gradient descent moves every weight by its gradient, so equal weights mean equal gradients. Ranks
-# add float32 numbers in another order (tensor-parallel sums, micro-batches, stages): 24 bits, a few steps deep.
-TOLERANCE = dict(rtol=2e-4, atol=2e-6)
-DESCENT = [*["--optimizer", "sgd", "--sgd-momentum", "0", "--train-iters"], STEPS]
-STAGE = [*["--dmc-stage", "finetune", "--dmc-cr", "4", "--dmc-no-noise", "--finetune"], *UNDECIDED]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A model to start every run from: layouts draw their random weights differently."""
-    folder = tmp_path_factory.mktemp("base")
-    train("--train-iters", 1, "--save", folder, "--save-interval", 1)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    run = train(*DESCENT, *STAGE, "--load", base, "--save", folder, "--save-interval", STEPS)
-    return run, weights(folder)
-
-
-def assert_same_training(run, saved, alone):
-    expected, expected_weights = alone
-    for name in ("lm loss", "compression ratio", "target compression ratio", "compression loss"):
-        assert run.values(name) == pytest.approx(expected.values(name), rel=2e-5), name
-    assert saved.keys() == expected_weights.keys()
-    for name, weight in expected_weights.items():
-        torch.testing.assert_close(saved[name], weight, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")
-
-
-NOISY = [flag for flag in STAGE if flag != "--dmc-no-noise"]
-
-
-def test_noise_does_not_depend_on_the_layout(base, tmp_path):
-    """Nor on recomputation: the same random decisions for every head."""
-
-    def trained(folder, *flags, processes=1):
-        saved = ["--load", base, "--save", tmp_path / folder, "--save-interval", STEPS]
-        return train(*DESCENT, *NOISY, *saved, *flags, processes=processes), weights(tmp_path / folder)
-
-    alone, without = trained("alone"), train(*DESCENT, *STAGE, "--load", base)
-    assert alone[0].values("compression ratio") != without.values("compression ratio")
-    recomputed = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
-    context = "--context-parallel-size 2 --cp-comm-type a2a".split()
-    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
-    for flags in (["--tensor-model-parallel-size", 2], [*context, *recomputed], stages):
-        assert_same_training(*trained(f"{flags[0]}", *flags, processes=2), alone)
-
-
-LAYOUTS = {
-    "TP2": (2, "--tensor-model-parallel-size 2"),
-    "PP2": (2, "--pipeline-model-parallel-size 2"),
-    "interleaved PP2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"),
-    "CP2": (2, "--context-parallel-size 2 --cp-comm-type a2a"),
-    "CP2 PP2": (4, "--context-parallel-size 2 --cp-comm-type a2a --pipeline-model-parallel-size 2"),
-    "CP2 DP2 per-token loss": (4, "--context-parallel-size 2 --cp-comm-type a2a --calculate-per-token-loss"),
-    "TP2 PP2": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
-    "DP2": (2, ""),
-    "one micro-batch": (1, "--micro-batch-size 8"),
-    "per-token loss": (1, "--calculate-per-token-loss"),
-    "per-token loss DP2": (2, "--calculate-per-token-loss --micro-batch-size 4"),
-    "full recomputation": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
-    "empty stages": (2, "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Etttt|L"),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_train_alike(base, alone, tmp_path, layout):
-    processes, flags = LAYOUTS[layout]
-    run = train(
-        *DESCENT,
-        *STAGE,
-        "--load",
-        base,
-        "--save",
-        tmp_path,
-        "--save-interval",
-        STEPS,
-        *flags.split(),
-        processes=processes,
-    )
-    assert_same_training(run, weights(tmp_path), alone)
-
-
-def test_the_compared_runs_compress(base, alone, tmp_path):
-    """The comparison sees the compression gradient: without it the weights are others."""
-    run, saved = alone
-    assert all(1.2 < ratio < 3.9 for ratio in run.values("compression ratio"))
-    assert all(loss > 0.02 for loss in run.values("compression loss"))
-    flags = [flag if flag != 4 else 1 for flag in STAGE]
-    flags[flags.index("--dmc-cr") + 1] = 1
-    train(*DESCENT, *flags, "--load", base, "--save", tmp_path, "--save-interval", STEPS)
-    name = "decoder.layers.self_attention.linear_qkv.weight"
-    other = weights(tmp_path)
-    name = next(n for n in other if n.endswith("linear_qkv.weight"))
-    assert not torch.allclose(other[name], saved[name], **TOLERANCE)
-
-
-def test_distributed_optimizer(base, tmp_path):
-    """Data parallel with the sharded Adam and overlapped communication: losses follow the single process."""
-    flags = [*STAGE, "--load", base, "--train-iters", 4, "--lr", "1e-3"]
-    single = train(*flags)
-    sharded = train(
-        *flags, "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather", processes=2
-    )
-    for name in ("lm loss", "compression ratio"):
-        # Adam divides by the gradient's size, which turns rounding of tiny gradients into steps.
-        assert sharded.values(name) == pytest.approx(single.values(name), rel=1e-3)
 
 
 def test_stages_follow_one_another(base, tmp_path):
