@@ -38,7 +38,7 @@ class StepReport:
         loss: `max(0, p_n - m̄)`.
         ratio: tokens per cache entry, `1/(1 - m̄)`.
         target: `CR_n`.
-        layer_ratios: `[layers]`, the ratio of each layer.
+        layer_ratios: `[layers]`, the ratio of each layer; NaN of one that makes no decisions.
     All but `target` are float64 tensors on the device, so that making a report waits for nothing.
     """
 
@@ -60,13 +60,17 @@ class Compression:
         kv_heads: KV heads of one layer, over all tensor-parallel ranks.
         per_token: gradients are summed over tokens and divided by their number at the end of a step, as Megatron's
             `calculate_per_token_loss` does; otherwise each micro-batch is averaged.
+        deciding: how many of the layers make decisions, all of them unless given.
     """
 
-    def __init__(self, config: DMCConfig, layers: int, kv_heads: int, per_token: bool = False) -> None:
+    def __init__(
+        self, config: DMCConfig, layers: int, kv_heads: int, per_token: bool = False, deciding: int | None = None
+    ) -> None:
         self.config = config
         self.layers = layers
         self.kv_heads = kv_heads
         self.per_token = per_token
+        self.deciding = layers if deciding is None else deciding
         self.iteration: int | None = None
         self.target = 1.0
         self.last_channel = 1.0
@@ -155,7 +159,7 @@ class Compression:
     def _gradient(self, alpha_shape: torch.Size, device: torch.device) -> Tensor:
         """The loss's gradient for each decision: straight through the threshold, `-[m̄ < p_n] / count`."""
         s, b, _ = alpha_shape
-        decisions = self.layers * self.kv_heads * (1 if self.per_token else s * b)
+        decisions = self.deciding * self.kv_heads * (1 if self.per_token else s * b)
         active = torch.as_tensor(self.merge_rate, device=device) < self.merge_target
         return -(active * self._loss_scale / decisions)
 

@@ -160,7 +160,8 @@ def _log(compression: Compression, report: StepReport | None, losses: dict, iter
     writer = get_tensorboard_writer()
     if writer and iteration % get_args().tensorboard_log_interval == 0:
         for layer, ratio in enumerate(report.layer_ratios.tolist(), 1):
-            writer.add_scalar(f"compression ratio by layer/{layer:03d}", ratio, iteration)
+            if ratio == ratio:  # a layer that decides
+                writer.add_scalar(f"compression ratio by layer/{layer:03d}", ratio, iteration)
 
 
 def _evaluate(original, forward_step_func, data_iterator, model, *args, **kwargs):

@@ -42,20 +42,29 @@ def dmc_layer_spec(
     """
     transformer: TransformerConfig = getattr(config, "transformer", config)
     compression = prepare_model(transformer, dmc)
-    return _with_dmc(_base_spec(transformer, vp_stage), compression)
+    return with_dmc(_base_spec(transformer, vp_stage), compression)
 
 
-def prepare_model(config: TransformerConfig, dmc: DMCConfig | None = None) -> Compression:
+def prepare_model(
+    config: TransformerConfig, dmc: DMCConfig | None = None, *, deciding: int | None = None
+) -> Compression:
     """Check the model and settings, and join the model to Megatron's training loop; once per model.
 
     The resulting `Compression` hangs on the config (`config.dmc_compression`), so that all chunks of an interleaved
     pipeline, and the training loop, find the same one.
+
+    Args:
+        config: of the whole model.
+        dmc: the settings; from the YAML file that `DMC_CONFIG` names unless given.
+        deciding: how many layers have DMC's attention, all of them unless given.
     """
     check_model(config)
     compression = getattr(config, "dmc_compression", None)
     if compression is None:
         dmc = dmc or DMCConfig.from_environment()
-        compression = Compression(dmc, config.num_layers, config.num_query_groups, config.calculate_per_token_loss)
+        compression = Compression(
+            dmc, config.num_layers, config.num_query_groups, config.calculate_per_token_loss, deciding
+        )
         config.dmc_compression = compression
         config.experimental_attention_variant_loss_scale_func = compression.set_loss_scale
         megatron_hooks.install(dmc)
@@ -84,9 +93,10 @@ def _base_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | 
     return get_gpt_layer_local_spec(normalization=config.normalization, **common)
 
 
-def _with_dmc(spec: Any, compression: Compression) -> Any:
+def with_dmc(spec: Any, compression: Compression) -> Any:
+    """A copy of a layer's spec, or a block's, its self-attention replaced by DMC's."""
     if isinstance(spec, TransformerBlockSubmodules):
-        spec.layer_specs = [_with_dmc(layer, compression) for layer in spec.layer_specs]
+        spec.layer_specs = [with_dmc(layer, compression) for layer in spec.layer_specs]
         return spec
     # Megatron shares specs between layers and models: ours must not reach the others.
     spec = copy.copy(spec)

@@ -58,8 +58,11 @@ def test_retrofit_warns_of_a_model_that_skipped_zero_out(base):
     assert run.code == 0 and "run the stage zero-out first" in run.output
 
 
-def test_killed_and_resumed_is_never_stopped(base, tmp_path):
-    """With noise, across `kill -9`: every later step's values, and the weights, bit for bit."""
+@pytest.mark.parametrize(
+    "moment", ["successfully saved checkpoint from iteration       3", "saving checkpoint at iteration       6"]
+)
+def test_killed_and_resumed_is_never_stopped(base, tmp_path, moment):
+    """With noise, across `kill -9`, also within a save: every later step's values, and the weights, bit for bit."""
     flags = [
         "--dmc-stage",
         "retrofit",
@@ -81,7 +84,7 @@ def test_killed_and_resumed_is_never_stopped(base, tmp_path):
         "--finetune",
         "--save",
         tmp_path / "cut",
-        after="successfully saved checkpoint from iteration       3",
+        after=moment,
     )
     rest = train(*flags, "--load", tmp_path / "cut", "--save", tmp_path / "cut")
     assert sorted(rest.steps) == [4, 5, 6]
