@@ -59,7 +59,7 @@ def test_retrofit_warns_of_a_model_that_skipped_zero_out(base):
 
 
 @pytest.mark.parametrize(
-    "moment", ["successfully saved checkpoint from iteration       3", "saving checkpoint at iteration       6"]
+    "moment", ["successfully saved checkpoint from iteration       2", "saving checkpoint at iteration       4"]
 )
 def test_killed_and_resumed_is_never_stopped(base, tmp_path, moment):
     """With noise, across `kill -9`, also within a save: every later step's values, and the weights, bit for bit."""
@@ -70,30 +70,24 @@ def test_killed_and_resumed_is_never_stopped(base, tmp_path, moment):
         4,
         *UNDECIDED,
         "--train-iters",
-        6,
+        8,
         "--save-interval",
-        3,
+        2,
         "--lr",
         "1e-2",
     ]
     whole = train(*flags, "--load", base, "--finetune", "--save", tmp_path / "whole")
-    train_until_killed(
-        *flags,
-        "--load",
-        base,
-        "--finetune",
-        "--save",
-        tmp_path / "cut",
-        after=moment,
-    )
+    train_until_killed(*flags, "--load", base, "--finetune", "--save", tmp_path / "cut", after=moment)
     rest = train(*flags, "--load", tmp_path / "cut", "--save", tmp_path / "cut")
-    assert sorted(rest.steps) == [4, 5, 6]
+    # From the last checkpoint that was whole: the run may have come further before the signal did.
+    assert sorted(rest.steps) in (list(range(first, 9)) for first in (3, 5, 7))
     # A GPU adds the gradients of an embedding in any order.
     allowed = dict(rtol=1e-3, atol=1e-4) if HAVE_GPU else dict(rtol=0, atol=0)
     for name in ("lm loss", "compression ratio", "compression loss"):
-        # Megatron counts the first step of a run again in its second line, so line 6 is the first to compare.
-        assert rest.steps[6][name] == pytest.approx(whole.steps[6][name], rel=allowed["rtol"], abs=0), name
-    assert rest.values("grad norm") == pytest.approx(whole.values("grad norm")[3:], rel=allowed["rtol"], abs=0)
+        # Megatron counts the first step of a run again in its second line, so the last line is always one to compare.
+        assert rest.steps[8][name] == pytest.approx(whole.steps[8][name], rel=allowed["rtol"], abs=0), name
+    later = whole.values("grad norm")[-len(rest.steps) :]
+    assert rest.values("grad norm") == pytest.approx(later, rel=allowed["rtol"], abs=0)
     expected = weights(tmp_path / "whole")
     for name, weight in weights(tmp_path / "cut").items():
         torch.testing.assert_close(weight, expected[name], **allowed)
