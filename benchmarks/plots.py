@@ -37,19 +37,15 @@ def main() -> None:
     left.set(ylabel="tokens per second", title="as many requests (numbers) as fit in the same memory")
     left.legend()
     (shape,) = serving["shapes"].values()
-    for compression, way in shape["ways"].items():
-        points = sorted((p for p in way["points"] if not p["unfinished"]), key=lambda point: point["rate"])
-        name = "vanilla" if compression == "1" else f"DMC {compression}×"
-        for share, style in (("p95", "o-"), ("p50", "o:")):
-            right.plot(
-                [point["rate"] for point in points], [point[f"latency_{share}_ms"] for point in points], style,
-                color="C7" if compression == "1" else "C2", label=f"{name}, {share}",
-            )  # fmt: skip
-    right.set(
-        xlabel="requests per second", ylabel="milliseconds per token, waiting included", xlim=(0, None), ylim=(0, None)
-    )
-    right.set_title(f"HTTP server, Llama-2-7B, {shape['shape']['cache_gib']:.0f} GiB of cache")
-    right.legend()
+    ways = shape["ways"]
+    held = [way["held"] for way in ways.values()]
+    bars = right.bar(
+        ["vanilla" if compression == "1" else f"DMC {compression}×" for compression in ways], held, 0.5, color="C2",
+        yerr=[[0] * len(held), [way["not_held"] - way["held"] for way in ways.values()]], capsize=6,
+    )  # fmt: skip
+    right.bar_label(bars, [f"{rate:.2f}" for rate in held], label_type="center")
+    latency = serving["load"]["latency_ms"]
+    right.set(ylabel="requests per second", title=f"HTTP server: rate with 95% within {latency:.0f} ms per token (whisker: not held)")
     figure.savefig(args.out, dpi=120)
     print(f"written to {args.out}")
 
