@@ -45,7 +45,8 @@ def main() -> None:
     )  # fmt: skip
     right.bar_label(bars, [f"{rate:.2f}" for rate in held], label_type="center")
     latency = serving["load"]["latency_ms"]
-    right.set(ylabel="requests per second", title=f"HTTP server: rate with 95% within {latency:.0f} ms per token (whisker: not held)")
+    right.set(ylabel="requests per second, held and not held")
+    right.set_title(f"HTTP server, 95% within {latency:.0f} ms per token")
     figure.savefig(args.out, dpi=120)
     print(f"written to {args.out}")
 
