@@ -17,6 +17,8 @@ COMMANDS = {
     "generate": "continue prompts from a compressed cache",
     "serve": "an HTTP server with OpenAI's interface",
     "report": "what compression costs a checkpoint, and which heads compress how much",
+    "plan": "what a recipe takes on a number of GPUs: layout, memory, GPU-hours and its commands",
+    "run": "carry a recipe out: the three stages, from wherever they were left",
 }
 
 USAGE = """\
@@ -32,6 +34,7 @@ examples:
   megatron-dmc generate checkpoints/dmc --prompt "def main("
   megatron-dmc serve checkpoints/dmc --port 8000
   megatron-dmc report checkpoints/dmc --text held-out.txt
+  megatron-dmc plan examples/recipes/llama-2-7b.yaml --gpus 64
 
 megatron-dmc COMMAND --help explains one command. On a machine without a GPU everything runs on the CPU."""
 
@@ -56,7 +59,7 @@ def main() -> None:
     if command not in COMMANDS:
         sys.exit(f"megatron-dmc: no command {command!r}; there are {', '.join(COMMANDS)}")
     sys.argv = [f"megatron-dmc {command}", *sys.argv[2:]]
-    if command != "train":  # there, what Megatron has to say about its setup is worth reading
+    if command not in ("train", "run"):  # there, what Megatron has to say about its setup is worth reading
         quiet()
     try:
         importlib.import_module(f"megatron_dmc.commands.{command.replace('-', '_')}").main()
