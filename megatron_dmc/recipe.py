@@ -90,7 +90,7 @@ class Recipe:
                 raise DMCError(f"{path}: {', '.join(twice)} stands in more than one of model, data and training")
             settings |= parts[part]
         for flags in (settings, *layouts.values(), *parts["stages"].values()):
-            _refuse_own(flags, str(path))
+            _check_flags(flags, str(path))
         return cls(
             path.stem,
             parts["compression"],
@@ -102,8 +102,10 @@ class Recipe:
         )
 
 
-def _refuse_own(flags: dict[str, Any], where: str) -> None:
-    for flag in flags:
+def _check_flags(flags: dict[str, Any], where: str) -> None:
+    for flag, value in flags.items():
+        if value is None:
+            raise DMCError(f"{where} gives {flag} no value: true stands for a flag without one, false for no flag")
         if flag in OWN_FLAGS:
             raise DMCError(f"{where} sets {flag}, which follows from the recipe: change it with {OWN_FLAGS[flag]}")
 
@@ -175,6 +177,11 @@ def latest_iteration(folder: str | Path) -> int | None:
         text = tracker.read_text().strip()
     except FileNotFoundError:
         return None
+    if not text:
+        raise DMCError(
+            f"{tracker} is empty, as when writing it was cut short: write the number of the last whole iter_… folder "
+            "beside it there"
+        )
     if not text.isdigit():
         raise DMCError(
             f"{tracker} holds {text!r}, where a stage's own checkpoint has its iteration: "
@@ -185,7 +192,7 @@ def latest_iteration(folder: str | Path) -> int | None:
 
 @dataclass(frozen=True)
 class Launch:
-    """A recipe on a number of GPUs: the commands of its stages, and how its ranks are laid out."""
+    """A recipe on a number of GPUs: the commands of its stages, and where they run."""
 
     recipe: Recipe
     gpus: int
@@ -193,15 +200,6 @@ class Launch:
     nodes: int
     compression: float
     commands: list[Command]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of the first command; layout and model are those of all."""
-        return self.commands[0].settings
-
-    def size(self, dimension: str) -> int:
-        """Ranks along a dimension: `tensor-model`, `pipeline-model`, `context` or `expert-model`."""
-        return whole(self.settings, f"{dimension}-parallel-size", 1)
 
 
 def whole(settings: dict[str, Any], flag: str, default: int | None = None) -> int:
@@ -254,7 +252,7 @@ def resolve(options: argparse.Namespace) -> Launch:
             "use more GPUs, or add a layout to the recipe"
         )
     common = recipe.settings | recipe.layouts[fitting[-1]]
-    changes = [_change(text) for text in options.changes]
+    changes = sorted(map(_change, options.changes), key=lambda change: change[0] is not None)  # a stage's own win
     launcher = ["--nproc-per-node", str(per_node), "--max-restarts", str(options.max_restarts)]
     if nodes == 1:
         launcher = ["--standalone", *launcher]
@@ -312,11 +310,12 @@ def _change(text: str) -> tuple[str | None, str, Any]:
     flag = flag.removeprefix("--").replace("_", "-")
     if not equals or not flag or (dot and stage not in STAGES):
         raise DMCError(f"--set takes FLAG=VALUE or STAGE.FLAG=VALUE, of the stages {', '.join(STAGES)}; got {text!r}")
-    _refuse_own({flag: value}, f"--set {text}")
     try:
-        return stage or None, flag, yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise DMCError(f"--set {text}: the value is no YAML ({error})") from error
+    _check_flags({flag: parsed}, f"--set {text}")
+    return stage or None, flag, parsed
 
 
 def _at(value: Any, ratio: float, what: str, instead: str) -> Any:
@@ -332,24 +331,27 @@ def _at(value: Any, ratio: float, what: str, instead: str) -> Any:
 
 def _check_division(launch: Launch) -> None:
     """Whether the GPUs make whole model replicas, and the global batch whole micro-batches of each."""
-    sizes = {name: launch.size(name) for name in ("tensor-model", "pipeline-model", "context")}
-    model = math.prod(sizes.values())
-    spelled = " × ".join(f"{name}-parallel-size {size}" for name, size in sizes.items() if size > 1) or "1"
-    if launch.gpus % model:
-        raise DMCError(
-            f"one replica of the model takes {model} GPUs ({spelled}), which {launch.gpus} GPUs do not divide into: "
-            f"use a multiple of {model}, or change the layout with --set"
-        )
-    replicas = launch.gpus // model
     for command in launch.commands:
+        sizes = {
+            name: whole(command.settings, f"{name}-parallel-size", 1)
+            for name in ("tensor-model", "pipeline-model", "context")
+        }
+        model = math.prod(sizes.values())
+        spelled = " × ".join(f"{name}-parallel-size {size}" for name, size in sizes.items() if size > 1)
+        if launch.gpus % model:
+            raise DMCError(
+                f"one replica of the model takes {model} GPUs ({spelled}), which {launch.gpus} GPUs do not divide "
+                f"into: use a multiple of {model}, or change the layout with --set"
+            )
+        replicas = launch.gpus // model
         batch, micro = (whole(command.settings, f"{name}-batch-size") for name in ("global", "micro"))
         if batch % (micro * replicas):
             allowed = [n for n in range(1, batch // micro + 1) if batch % (micro * n) == 0]
-            near = [n for n in (max((n for n in allowed if n < replicas), default=0),
-                                min((n for n in allowed if n > replicas), default=0)) if n]  # fmt: skip
+            near = [*[n for n in allowed if n < replicas][-1:], *[n for n in allowed if n > replicas][:1]]
+            fewer_or_more = " or ".join(str(n * model) for n in near)
             raise DMCError(
                 f"a global batch of {batch} in micro-batches of {micro} does not divide among {replicas} data-parallel "
-                f"replicas ({launch.gpus} GPUs, {model} each): use "
-                f"{' or '.join(str(n * model) for n in near) or 'another micro-batch-size or global-batch-size'}"
-                + (" GPUs, or change the batch with --set" if near else "")
+                f"replicas ({launch.gpus} GPUs, {model} each): "
+                + (f"use {fewer_or_more} GPUs, or change" if near else "change")
+                + " global-batch-size or micro-batch-size with --set"
             )

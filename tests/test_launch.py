@@ -72,6 +72,19 @@ def test_stages_interrupted_and_resumed(recipe, base, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == ["finetune-4x", "retrofit-4x", "zero-out"]
 
 
+def test_a_signal_before_there_is_anything_to_save(recipe, base, tmp_path):
+    """Ranks that have no handler yet, or are not there yet: torchrun is ended."""
+    command = ["run", recipe, "--gpus", 1, "--checkpoint", base]
+    with subprocess.Popen(
+        [sys.executable, "-m", "megatron_dmc", *map(str, command)], env=environment(), cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as run:  # fmt: skip
+        for line in run.stdout:
+            if "zero-out: begins" in line:
+                run.send_signal(signal.SIGUSR1)
+    assert run.returncode == STOPPED and not (tmp_path / "out").exists()
+
+
 def test_what_run_refuses(recipe, tmp_path):
     def run(*arguments):
         done = dmc("run", recipe, *arguments)
@@ -150,6 +163,11 @@ def test_slurm_job_that_finishes(slurm):
     assert "--rdzv-endpoint node1:24567" in stages[0] and "--max-restarts 1" in stages[0]
     assert all("--nodes 1 --ntasks 1 --nodelist node1" in line for line in asked if "--next" in line)
     assert "container" not in " ".join(asked)
+    words = stages[0].split()
+    words = words[words.index("megatron-dmc") + 1 :]
+    words[words.index("r.yaml")] = ROOT / "examples" / "recipes" / "llama-2-7b.yaml"
+    dry = dmc(*words, "--dry-run")
+    assert dry.code == 0 and "torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 1 " in dry.output, dry.output
 
 
 def test_slurm_job_near_its_end(slurm):

@@ -121,7 +121,7 @@ def test_a_plan_computed_by_hand(tiny):
 
 
 def test_commands_of_a_plan(tiny):
-    launch = resolve(options(tiny(), "--gpus", 16, "--set=lr=2e-5", "--set=retrofit.lr=3e-5", "--set=bf16=false",
+    launch = resolve(options(tiny(), "--gpus", 16, "--set=retrofit.lr=3e-5", "--set=lr=2e-5", "--set=bf16=false",
                              "--set=data-path=[0.5, a b, 0.5, c]", "--checkpoint", "my model"))  # fmt: skip
     for command, stage, start, folder in zip(
         launch.commands, STAGES, ("my model", "out/zero-out", "out/retrofit-4x"),
@@ -152,6 +152,8 @@ def test_commands_of_a_plan(tiny):
         ("--gpus 4 --compression 3", "retrofit: train-iters is given for the ratios 2, 4; got 3"),
         ("--gpus 4 --compression 0.5", "must be a number of at least 1; got 0.5"),
         ("--gpus 4 --set dmc-cr=2", "sets dmc-cr, which follows from the recipe: change it with --compression"),
+        ("--gpus 4 --set lr=", "--set lr= gives lr no value"),
+        ("--gpus 4 --set global-batch-size=1", "replicas (4 GPUs, 2 each): change global-batch-size"),
         ("--gpus 4 --set warmup.lr=1", "--set takes FLAG=VALUE or STAGE.FLAG=VALUE"),
         ("--gpus 4 --set micro-batch-size=many", "micro-batch-size must be a whole number of at least 1; got 'many'"),
         ("--gpus 4 --set learning-rate=1", "Megatron has no such arguments: unrecognized arguments: --learning-rate 1"),

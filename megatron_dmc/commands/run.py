@@ -129,6 +129,8 @@ class Runner:
             raise DMCError("several nodes need --rdzv-endpoint HOST:PORT")
         # Slurm may signal every process of a job: SIGUSR1 must not end those that do not expect it.
         self.launcher = subprocess.Popen(words, preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN))
+        if self.stopping:  # the signal came while it was being started
+            self._stop()
         interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to torchrun as well
         try:
             status = self.launcher.wait()
