@@ -215,7 +215,7 @@ class Flex:
         scale = 1 / math.sqrt(self.shape.channels)
         query, key, value, _, alpha, _ = fused._kernels.prepare(
             *inputs, *rotary, None, None, 0, 0, WINDOW, OFFSET, None, False, scale,
-            fused._query_channel(torch.bfloat16, scale),
+            fused.query_channel(torch.bfloat16, scale),
         )  # fmt: skip
         for x in (query, key):  # biases; the mask is in their place
             x[..., -1] = 0

@@ -129,7 +129,7 @@ def attention(shape, bandwidth):
     rows.append(plain)
 
     # Attention alone, on prepared tensors.
-    channel = fused._query_channel(torch.bfloat16, scale)
+    channel = fused.query_channel(torch.bfloat16, scale)
     prepared = torch.ops.megatron_dmc.prepare(
         query, key, value, *rotary, None, noise.key, 0, 0, WINDOW, OFFSET, TEMPERATURE, False, scale, channel
     )
@@ -172,11 +172,11 @@ def kernels(shape, query, key, value, rotary, noise, prepared, grad, bandwidth):
     """Each of our kernels alone: bytes, counted once, over time, over copy bandwidth."""
     channels = shape[-1]
     scale = 1 / math.sqrt(channels)
-    channel = fused._query_channel(torch.bfloat16, scale)
+    channel = fused.query_channel(torch.bfloat16, scale)
     aq, ak, av, diagonal, alpha, weight = (x.detach() for x in prepared)
     q, k, v = query.detach(), key.detach(), value.detach()
     ops = torch.ops.megatron_dmc
-    output, lse = fused._causal("cudnn", *(x.permute(1, 2, 0, 3) for x in (aq, ak, av)), scale)
+    output, lse = fused.attend("cudnn", *(x.permute(1, 2, 0, 3) for x in (aq, ak, av)), scale)
     output, lse = output.permute(2, 0, 1, 3).contiguous(), lse.contiguous()
     # What the diagonal misses nothing of is not touched, and not counted.
     missing = (ak[..., -1] != 0).float().mean().item()

@@ -26,7 +26,8 @@ from megatron_dmc.cache import PagedCache
 from megatron_dmc.compression import Compression
 from megatron_dmc.config import DMCError
 from megatron_dmc.context import HoldsPages
-from megatron_dmc.context_parallel import all_tokens, gathered, own_tokens
+from megatron_dmc.context_parallel import all_tokens, gather, own_tokens
+from megatron_dmc.ops.chunks import dmc_attention_of_chunks, zero_out_attention_of_chunks
 from megatron_dmc.ops.fused import choose_kernel, dmc_attention
 from megatron_dmc.ops.noise import LogisticNoise
 from megatron_dmc.ops.paged import choose_paged_kernel, paged_attention
@@ -69,7 +70,8 @@ class DMCCoreAttention(MegatronModule):
         compression: Compression,
         pg_collection: Any,
         softmax_scale: float | None = None,
-        **_: Any,  # mask type, attention type, CP communication: always causal self-attention, CP by all-to-all
+        cp_comm_type: str | None = None,
+        **_: Any,  # mask type and attention type: always causal self-attention
     ) -> None:
         super().__init__(config=config)
         self.layer = layer_number - 1
@@ -80,6 +82,13 @@ class DMCCoreAttention(MegatronModule):
         """Called with the decisions `[s, b, g]` of every pass through a cache, where someone wants to see them."""
         self.settings = dict(scale=softmax_scale, interleaved=config.rotary_interleaved)
         self._tp, self._cp = pg_collection.tp, pg_collection.cp
+        self._exchanges_heads = get_pg_size(self._cp) > 1 and cp_comm_type == "a2a"
+        self._of_chunks = dict(group=self._cp) if get_pg_size(self._cp) > 1 and cp_comm_type == "all_gather" else {}
+        if self._of_chunks and compression.config.merges and compression.config.dmc_window_size == 0:
+            raise DMCError(
+                "dmc_window_size = 0 lets a merge reach back to the sequence's first token, which cp_comm_type = "
+                "all_gather has no room for: choose a window, or a2a"
+            )
 
     def forward(
         self,
@@ -96,23 +105,27 @@ class DMCCoreAttention(MegatronModule):
 
         The attention is causal; `attention_mask` is not read. With context parallelism `s` are this rank's tokens.
         """
-        if get_pg_size(self._cp) == 1:
-            return self._attend(query, key, value, attention_bias).flatten(2)
-        if attention_bias.cache is not None or attention_bias.paged is not None:
+        if get_pg_size(self._cp) > 1 and (attention_bias.cache is not None or attention_bias.paged is not None):
             raise DMCError("a model with context parallelism does not generate: load it with context_parallel_size = 1")
+        if not self._exchanges_heads:
+            return self._attend(query, key, value, attention_bias).flatten(2)
         output = self._attend(*all_tokens(query, key, value, self._cp), attention_bias)
         return own_tokens(output, self._cp).flatten(2)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, call: DMCCall) -> Tensor:
-        """All tokens; returns `[s, b, h, d]`."""
+        """All tokens, or this rank's with all its heads; returns `[s, b, h, d]`."""
+        attend, attend_unmerged = dmc_attention, zero_out_attention
+        if self._of_chunks:
+            attend, attend_unmerged = dmc_attention_of_chunks, zero_out_attention_of_chunks
         dmc = self.compression.config
         if not dmc.merges:
             if call.cache is not None or call.paged is not None:
                 raise DMCError(
                     f"stage {dmc.dmc_stage} does not compress: there is no cache to generate from before `retrofit`"
                 )
-            return zero_out_attention(
-                query, key, value, call.rotary, last_channel=self.compression.last_channel, **self.settings
+            last_channel = self.compression.last_channel
+            return attend_unmerged(
+                query, key, value, call.rotary, last_channel=last_channel, **self.settings, **self._of_chunks
             )
 
         settings = dict(
@@ -126,15 +139,15 @@ class DMCCoreAttention(MegatronModule):
         if call.paged is not None:
             return self._paged(query, key, value, call, settings)
         settings["kernel"] = choose_kernel(query) if dmc.dmc_kernel == "auto" else dmc.dmc_kernel
+        settings |= self._of_chunks
         if self.training:
             noise = self._noise(key) if dmc.dmc_noise else None
-            output, alpha = dmc_attention(
-                query, key, value, call.rotary, temperature=dmc.dmc_temp, noise=noise, **settings
-            )
-            output = self.compression.attach(output, alpha, self.layer)
+            output, alpha = attend(query, key, value, call.rotary, temperature=dmc.dmc_temp, noise=noise, **settings)
+            shares = get_pg_size(self._cp) if self._of_chunks else 1
+            output = self.compression.attach(output, alpha, self.layer, shares)
             self.compression.kernel = settings["kernel"]
         else:
-            output, _ = dmc_attention(query, key, value, call.rotary, **settings)
+            output, _ = attend(query, key, value, call.rotary, **settings)
         return output
 
     def _paged(self, query: Tensor, key: Tensor, value: Tensor, call: DMCCall, settings: dict) -> Tensor:
@@ -163,7 +176,9 @@ class DMCCoreAttention(MegatronModule):
     def _noise(self, key: Tensor) -> LogisticNoise:
         """Logistic noise for this pass, the difference of two standard Gumbel variables; by head, in any layout."""
         stream = parallel_state.get_data_parallel_rank() if parallel_state.is_initialized() else 0
-        share = get_pg_rank(self._tp) * get_pg_size(self._cp) + get_pg_rank(self._cp)
+        share = get_pg_rank(self._tp)
+        if self._exchanges_heads:
+            share = share * get_pg_size(self._cp) + get_pg_rank(self._cp)
         return self.compression.noise(self.layer, key.device, stream, first_head=share * key.shape[2])
 
 
@@ -275,7 +290,7 @@ class DMCSelfAttention(SelfAttention):
         if angles.shape[0] != positions.stop - positions.start:  # a table for all positions, not for this pass alone
             angles = angles[positions]
         if get_pg_size(self.pg_collection.cp) > 1:
-            angles = gathered(angles, self.pg_collection.cp)
+            angles = gather(angles.detach(), self.pg_collection.cp)
         angles = angles.squeeze(2).float()
         angles = angles[..., ::2] if self.config.rotary_interleaved else angles[..., : angles.shape[-1] // 2]
         angles = angles.squeeze(1) if angles.shape[1] == 1 else angles
@@ -336,8 +351,12 @@ class DMCSelfAttention(SelfAttention):
         return ((group * stride + head) * d + d - 1).flatten()
 
 
-def _kinds(cp_comm_type: str | list[str] | None) -> set[str | None]:
-    return set(cp_comm_type) if isinstance(cp_comm_type, list) else {cp_comm_type}
+def _kinds(config: TransformerConfig) -> set[str | None]:
+    """What layers of the model communicate by in context parallelism; nothing without it."""
+    if config.context_parallel_size == 1:
+        return set()
+    kinds = config.cp_comm_type
+    return set(kinds) if isinstance(kinds, list) else {kinds}
 
 
 def check_model(config: TransformerConfig) -> None:
@@ -358,15 +377,17 @@ def check_model(config: TransformerConfig) -> None:
             f"there are {config.num_query_groups} KV heads to share out",
         ),
         (
-            config.num_query_groups // config.tensor_model_parallel_size % config.context_parallel_size,
+            "a2a" in _kinds(config)
+            and config.num_query_groups // config.tensor_model_parallel_size % config.context_parallel_size,
             "context_parallel_size",
-            f"ranks share out the {config.num_query_groups} KV heads, those of the same tokens after "
-            f"tensor_model_parallel_size = {config.tensor_model_parallel_size} did; it must divide what that leaves",
+            f"with cp_comm_type = a2a ranks share out the {config.num_query_groups} KV heads, those of the same tokens "
+            f"after tensor_model_parallel_size = {config.tensor_model_parallel_size} did, and it must divide what that "
+            "leaves; all_gather leaves heads where they are",
         ),
         (
-            config.context_parallel_size > 1 and _kinds(config.cp_comm_type) != {"a2a"},
+            _kinds(config) - {"a2a", "all_gather"},
             "cp_comm_type",
-            "a merge needs all tokens of its KV head: set it to a2a (--cp-comm-type a2a)",
+            "a merge reaches back over the borders of ranks' chunks: set it to a2a or all_gather (--cp-comm-type)",
         ),
         (config.fused_single_qkv_rope, "fused_single_qkv_rope", "DMC rotates after the merge"),
         (config.flash_decode, "flash_decode", "it stores rotated keys"),

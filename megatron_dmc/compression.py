@@ -120,11 +120,11 @@ class Compression:
         """Megatron's hook for attention variants: the factor that brings our gradient to the scale of the loss."""
         self._loss_scale = scale
 
-    def attach(self, output: Tensor, alpha: Tensor, layer: int) -> Tensor:
-        """`output` unchanged; in the backward pass the decisions `alpha` `[s, b, g]` of layer `layer` (from 0) are
-        counted and receive the compression gradient. (Counting there, not in the forward pass, counts once however
-        often a forward pass is recomputed.)"""
-        return _Attach.apply(output, alpha, self, layer)
+    def attach(self, output: Tensor, alpha: Tensor, layer: int, shares: int = 1) -> Tensor:
+        """`output` unchanged; in the backward pass the decisions `alpha` `[s/shares, b, g]` of layer `layer` (from 0)
+        are counted and receive the compression gradient. (Counting there, not in the forward pass, counts once however
+        often a forward pass is recomputed.) `shares` tells how many ranks share out a micro-batch's tokens."""
+        return _Attach.apply(output, alpha, self, layer, shares)
 
     def end_step(self) -> StepReport | None:
         """Reduce the counts over all ranks and set the bit for the next step; `None` if no decision was made."""
@@ -156,18 +156,18 @@ class Compression:
         self._counts[0, layer] += merged
         self._counts[1, layer] += tokens
 
-    def _gradient(self, alpha_shape: torch.Size, device: torch.device) -> Tensor:
+    def _gradient(self, tokens: int, device: torch.device) -> Tensor:
         """The loss's gradient for each decision: straight through the threshold, `-[m̄ < p_n] / count`."""
-        s, b, _ = alpha_shape
-        decisions = self.deciding * self.kv_heads * (1 if self.per_token else s * b)
+        decisions = self.deciding * self.kv_heads * (1 if self.per_token else tokens)
         active = torch.as_tensor(self.merge_rate, device=device) < self.merge_target
         return -(active * self._loss_scale / decisions)
 
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output: Tensor, alpha: Tensor, compression: Compression, layer: int) -> Tensor:
+    def forward(ctx, output: Tensor, alpha: Tensor, compression: Compression, layer: int, shares: int) -> Tensor:
         ctx.compression, ctx.layer, ctx.shape, ctx.dtype = compression, layer, alpha.shape, alpha.dtype
+        ctx.shares = shares
         ctx.save_for_backward((alpha > 0.5).sum())
         return output.view_as(output)
 
@@ -175,5 +175,6 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         (merged,) = ctx.saved_tensors
         ctx.compression._count(ctx.layer, merged, ctx.shape.numel())
-        gradient = ctx.compression._gradient(ctx.shape, merged.device).to(ctx.dtype)
-        return grad_output, gradient.expand(ctx.shape), None, None
+        s, b, _ = ctx.shape
+        gradient = ctx.compression._gradient(s * b * ctx.shares, merged.device).to(ctx.dtype)
+        return grad_output, gradient.expand(ctx.shape), None, None, None

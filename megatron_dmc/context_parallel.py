@@ -1,10 +1,13 @@
-"""Context parallelism: in attention, every rank has all tokens of its share of the KV heads.
+"""Context parallelism: how ranks that share out a sequence's tokens exchange what attention needs.
 
 Outside of attention each of `cp` ranks has `s/cp` tokens. Megatron cuts a sequence into `2·cp` chunks and gives rank
-`r` the chunks `r` and `2·cp - 1 - r`. A merge reaches back over the chunks' borders, and nothing else of DMC crosses
-KV heads; so queries, keys and values are exchanged, tokens for heads, before decisions are made, and outputs after
-attention (`--cp-comm-type a2a`; Jacobs et al., DeepSpeed-Ulysses, 2023). Each way is one all-to-all, as is its
-gradient, of `1/cp` of what a rank has to every other one.
+`r` the chunks `r` and `2·cp - 1 - r`. A merge reaches back over the chunks' borders; nothing of DMC crosses KV heads.
+
+- `--cp-comm-type a2a` (Jacobs et al., DeepSpeed-Ulysses, 2023): queries, keys and values are exchanged, tokens for
+  heads, before decisions are made, and outputs after attention. Each way is one all-to-all, as is its gradient, of
+  `1/cp` of what a rank has to every other one. Every rank has all tokens of its share of the KV heads.
+- `--cp-comm-type all_gather`: heads stay where they are, however few. Chunks exchange their borders, as far as a merge
+  reaches, then every rank gathers the merged keys and values (`megatron_dmc.ops.chunks`).
 """
 
 from __future__ import annotations
@@ -42,11 +45,58 @@ def own_tokens(output: Tensor, group: Any) -> Tensor:
     return all_to_all(group, shares).movedim(0, 2).flatten(2, 3)
 
 
-def gathered(x: Tensor, group: Any) -> Tensor:
-    """What every rank has of its tokens `[s/cp, …]`, for all tokens in their order `[s, …]`; without gradients."""
-    found = x.new_empty(group.size() * len(x), *x.shape[1:])
-    torch.distributed.all_gather_into_tensor(found, x.detach().contiguous(), group=group)
-    return in_order(found, group.size())
+def gather(x: Tensor, group: Any) -> Tensor:
+    """What every rank has of its tokens `[s/cp, …]`, for all tokens in their order `[s, …]`; gradients are summed."""
+    return _Gather.apply(x, group)
+
+
+def reduce_scatter(x: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks' `[s, …]`, of which this rank keeps its tokens `[s/cp, …]`; without gradients."""
+    cp = group.size()
+    chunks = x.chunk(2 * cp)
+    found = x.new_empty(len(x) // cp, *x.shape[1:])
+    torch.distributed.reduce_scatter_tensor(found, torch.cat([chunks[i] for i in balanced(cp)]), group=group)
+    return found
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        found = x.new_empty(group.size() * len(x), *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(found, x.contiguous(), group=group)
+        return in_order(found, group.size())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return reduce_scatter(grad, ctx.group), None
+
+
+def own_chunks(group: Any) -> tuple[int, int]:
+    """Which of the `2·cp` chunks this rank has, in the order in which it has them."""
+    return group.rank(), 2 * group.size() - 1 - group.rank()
+
+
+def with_borders(tensors: tuple[Tensor, ...], before: int, group: Any) -> list[Tensor]:
+    """This rank's two chunks with what lies before and after them, as two sequences.
+
+    Args:
+        tensors: each `[2·c, b, heads, d]`: two chunks of `c` tokens, one after the other.
+        before: how many tokens of the chunk before are wanted, 1 to `c`. After a chunk it is one.
+
+    Returns:
+        Each `[before + c + 1, 2, b, heads, d]`; zeros where the sequence has nothing.
+    """
+    cp = group.size()
+    chunks = [x.unflatten(0, (2, -1)) for x in tensors]
+    edges = torch.cat([torch.cat([x[:, :1], x[:, -before:]], 1) for x in chunks], 3)  # [2, 1 + before, b, heads, d]
+    edges = gather(edges.flatten(0, 1), group).unflatten(0, (2 * cp, -1))
+    nothing = torch.zeros_like(edges[:1])
+    edges = torch.cat([nothing, edges, nothing])  # of chunk i at i + 1
+    sizes = [x.shape[2] for x in tensors]
+    earlier = torch.stack([edges[i][1:] for i in own_chunks(group)], 1).split(sizes, 3)
+    later = torch.stack([edges[i + 2][:1] for i in own_chunks(group)], 1).split(sizes, 3)
+    return [torch.cat([e, x.transpose(0, 1), l]) for e, x, l in zip(earlier, chunks, later, strict=True)]  # noqa: E741
 
 
 def balanced(cp: int) -> list[int]:

@@ -59,3 +59,13 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     train("--train-iters", 1, "--save", folder, "--save-interval", 1)
     return folder
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """What layouts are compared with: a run of one process from `base`, and its weights."""
+    from runs import DESCENT, STAGE, STEPS, train, weights
+
+    folder = tmp_path_factory.mktemp("alone")
+    run = train(*DESCENT, *STAGE, "--load", base, "--save", folder, "--save-interval", STEPS)
+    return run, weights(folder)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import GPUS, HAVE_GPU
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,10 @@ UNDECIDED = ["--dmc-init-val", "0.1", "--dmc-temp", "0.5"]
 STEPS = 3
 DESCENT = [*["--optimizer", "sgd", "--sgd-momentum", "0", "--train-iters"], STEPS]
 STAGE = [*["--dmc-stage", "finetune", "--dmc-cr", "4", "--dmc-no-noise", "--finetune"], *UNDECIDED]
+
+# One step of plain gradient descent moves every weight by its gradient, so equal weights mean equal gradients. Ranks
+# add float32 numbers in another order (tensor-parallel sums, micro-batches, stages): 24 bits, a few steps deep.
+TOLERANCE = dict(rtol=2e-4, atol=2e-6)
 
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ \|(.*)")
 VALUE = re.compile(r"([a-z ]+): ([-+0-9.E]+|nan|inf) \|")
@@ -114,3 +119,13 @@ def weights(checkpoint) -> dict:
 
     tensors = dist_checkpointing.load_plain_tensors(str(find_checkpoint(checkpoint)))
     return {name: t for name, t in tensors.items() if name.startswith(("decoder", "embedding", "output_layer"))}
+
+
+def assert_same_training(run, saved, alone):
+    """Of a run and its weights, and of the run and weights that they should equal."""
+    expected, expected_weights = alone
+    for name in ("lm loss", "compression ratio", "target compression ratio", "compression loss"):
+        assert run.values(name) == pytest.approx(expected.values(name), rel=2e-5), name
+    assert saved.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        torch.testing.assert_close(saved[name], weight, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")

@@ -355,7 +355,6 @@ REFUSED = {
     "context_parallel_size = 2": dict(context_parallel_size=2, tensor_model_parallel_size=2, cp_comm_type="a2a"),
     "cp_comm_type = None": dict(context_parallel_size=2),
     "cp_comm_type = 'p2p'": dict(context_parallel_size=2, cp_comm_type="p2p"),
-    "cp_comm_type = 'all_gather'": dict(context_parallel_size=2, cp_comm_type="all_gather"),
     "cp_comm_type = .'a2a', 'p2p'.": dict(context_parallel_size=2, cp_comm_type=["a2a", "p2p"]),
     "tensor_model_parallel_size": dict(tensor_model_parallel_size=4),
     "fused_single_qkv_rope": dict(fused_single_qkv_rope=True),

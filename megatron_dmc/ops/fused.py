@@ -78,9 +78,9 @@ def dmc_attention(
             query, key, value, rotary,
             window=window, offset=offset, temperature=temperature, noise=noise, interleaved=interleaved, scale=scale,
         )  # fmt: skip
-    _check_fused(query, key, value, rotary, noise, kernel)
+    check_fused(query, key, value, rotary, noise, kernel)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    if not 0 < window <= _max_window(query.dtype, query.shape[-1]):
+    if not 0 < window <= max_window(query.dtype, query.shape[-1]):
         return _attention_any_window(
             query, key, value, rotary, window, offset, temperature, noise, interleaved, scale, kernel
         )
@@ -143,7 +143,7 @@ def _unsupported(query: Tensor) -> str | None:
     return None
 
 
-def _check_fused(query, key, value, rotary, noise, kernel) -> None:
+def check_fused(query, key, value, rotary, noise, kernel) -> None:
     if (reason := _unsupported(query)) is not None:
         raise ValueError(f"kernel {kernel!r} cannot run: {reason}; use kernel='reference'")
     if query.dtype == torch.float32 and kernel != "dense":
@@ -185,7 +185,7 @@ def _load_extension() -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _max_window(dtype: torch.dtype, channels: int) -> int:
+def max_window(dtype: torch.dtype, channels: int) -> int:
     return _kernels.max_window(dtype, channels)
 
 
@@ -194,15 +194,18 @@ def _max_window(dtype: torch.dtype, channels: int) -> int:
 _aten = torch.ops.aten
 
 
-def _causal(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend(
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp. If not `causal`, every query sees every key, of which there may be another number."""
     if kernel == "cudnn":
         output, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, True, 0.0, True, False, scale=scale
+            query, key, value, None, True, 0.0, causal, False, scale=scale
         )
     elif kernel == "flash":
-        output, lse, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True, False, scale=scale)
+        output, lse, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
     else:
-        scores = _dense_scores(query, key, scale)
+        scores = _dense_scores(query, key, scale, causal)
         lse = scores.logsumexp(-1)
         weights = torch.exp(scores - lse[..., None]).unflatten(1, (key.shape[1], -1))
         output = torch.einsum("bgrij,bgjd->ibgrd", weights, value.float()).flatten(2, 3).to(query.dtype)
@@ -210,22 +213,24 @@ def _causal(kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float
     return output, lse.view(output.shape[:3])
 
 
-def _causal_backward(
-    kernel: str, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    s = query.shape[2]
+def attend_backward(
+    kernel: str, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key and value; `output` and `lse` may be of more keys than these."""
+    s, n = query.shape[2], key.shape[2]
     unused = torch.empty((), dtype=torch.int64, device=query.device)  # dropout's random state
     if kernel == "cudnn":
         return _aten._scaled_dot_product_cudnn_attention_backward(
-            grad, query, key, value, output, lse[..., None], unused, unused, None, None, None, s, s, 0.0, True,
+            grad, query, key, value, output, lse[..., None], unused, unused, None, None, None, s, n, 0.0, causal,
             scale=scale,
         )  # fmt: skip
     if kernel == "flash":
         return _aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, output, lse, None, None, s, s, 0.0, True, unused, unused, scale=scale
+            grad, query, key, value, output, lse, None, None, s, n, 0.0, causal, unused, unused, scale=scale
         )
     grouped = lambda x: x.float().unflatten(1, (key.shape[1], -1))  # noqa: E731
-    weights = torch.exp(_dense_scores(query, key, scale) - lse[..., None])
+    weights = torch.exp(_dense_scores(query, key, scale, causal) - lse[..., None])
     delta = (grad.float() * output.float()).sum(-1, keepdim=True)
     grad_weights = torch.einsum("bgrid,bgjd->bgrij", grouped(grad), value.float()).flatten(1, 2)
     grad_scores = grouped(weights * (grad_weights - delta) * scale)
@@ -237,32 +242,34 @@ def _causal_backward(
     return tuple(g.to(query.dtype).contiguous().permute(1, 2, 0, 3) for g in grads)
 
 
-def _dense_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    s = query.shape[2]
+def _dense_scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
     scores = torch.einsum("bgrid,bgjd->bgrij", query.float().unflatten(1, (key.shape[1], -1)), key.float())
-    future = torch.ones(s, s, dtype=torch.bool, device=query.device).triu(1)
-    return (scores.flatten(1, 2) * scale).masked_fill(future, -math.inf)
+    scores = scores.flatten(1, 2) * scale
+    if not causal:
+        return scores
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+    return scores.masked_fill(future, -math.inf)
 
 
-def _heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Tensor) -> Tensor:
     return x.permute(1, 2, 0, 3)
 
 
-def _tokens_first(x: Tensor) -> Tensor:
+def tokens_first(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).contiguous()
 
 
 # Everything from prepared tensors on. `bias_per_channel` times a key's last channel is its bias.
 
 
-def _query_channel(dtype: torch.dtype, scale: float) -> float:
+def query_channel(dtype: torch.dtype, scale: float) -> float:
     """The queries' last channel: `1 / scale` as `dtype` can hold it, so that keys hold about the bias itself."""
     return torch.tensor(1 / scale, dtype=dtype).item()
 
 
 def _merged_attention(query, key, value, diagonal, scale, bias_per_channel, kernel) -> tuple[Tensor, Tensor]:
-    output, lse = _causal(kernel, *map(_heads_first, (query, key, value)), scale)
-    output, lse = _tokens_first(output), lse.contiguous()
+    output, lse = attend(kernel, *map(heads_first, (query, key, value)), scale)
+    output, lse = tokens_first(output), lse.contiguous()
     _kernels.merge_diagonal_(output, lse, diagonal, key, value, bias_per_channel)
     return output, lse
 
@@ -271,9 +278,9 @@ def _merged_attention_backward(
     grad_output, query, key, value, output, lse, diagonal, cos, sin, interleaved, scale, bias_per_channel, kernel
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of what was given to *prepare*'s rotation: queries, merged keys and values; and of the biases."""
-    grad_output = _readable(grad_output)
-    grads = _causal_backward(kernel, *map(_heads_first, (grad_output, query, key, value, output)), lse, scale)
-    grad_query, grad_key, grad_value = map(_tokens_first, grads)
+    grad_output = readable(grad_output)
+    grads = attend_backward(kernel, *map(heads_first, (grad_output, query, key, value, output)), lse, scale)
+    grad_query, grad_key, grad_value = map(tokens_first, grads)
     grad_bias = _kernels.merge_diagonal_backward_(
         grad_output, output, lse, diagonal, query, key, value, grad_query, grad_key, grad_value, cos, sin, interleaved,
         scale, bias_per_channel,
@@ -281,7 +288,7 @@ def _merged_attention_backward(
     return grad_query, grad_key, grad_value, grad_bias
 
 
-def _readable(x: Tensor) -> Tensor:
+def readable(x: Tensor) -> Tensor:
     """`x`, or a copy whose rows the kernels can read 16 bytes at a time."""
     whole = 16 // x.element_size()
     strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
@@ -308,9 +315,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns output and alpha, and for the backward pass: prepared query, key and value, log-sum-exp, the diagonal's
     scores, importance."""
-    channel = _query_channel(query.dtype, scale)
+    channel = query_channel(query.dtype, scale)
     query, key, value, diagonal, alpha, weight = _kernels.prepare(
-        _readable(query), _readable(key), _readable(value), cos, sin, noise, noise_key, noise_stream, noise_first_head,
+        readable(query), readable(key), readable(value), cos, sin, noise, noise_key, noise_stream, noise_first_head,
         window, offset, temperature, interleaved, scale, channel,
     )  # fmt: skip
     output, lse = _merged_attention(query, key, value, diagonal, scale, scale * channel, kernel)
@@ -342,10 +349,10 @@ def _backward(
         grad_output = torch.zeros_like(output)
     grad_query, grad_merged_key, grad_merged_value, grad_bias = _merged_attention_backward(
         grad_output, attention_query, attention_key, attention_value, output, lse, diagonal, cos, sin, interleaved,
-        scale, scale * _query_channel(key.dtype, scale), kernel,
+        scale, scale * query_channel(key.dtype, scale), kernel,
     )  # fmt: skip
     grad_key, grad_value = _kernels.prepare_backward_(
-        grad_query, grad_merged_key, grad_merged_value, grad_bias, grad_alpha, _readable(key), _readable(value), alpha,
+        grad_query, grad_merged_key, grad_merged_value, grad_bias, grad_alpha, readable(key), readable(value), alpha,
         weight, window, temperature,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
@@ -435,7 +442,7 @@ class _BiasedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, kernel: str) -> Tensor:
-        channel = _query_channel(query.dtype, scale)
+        channel = query_channel(query.dtype, scale)
         groups = query.float().unflatten(2, (key.shape[2], -1))
         diagonal = (groups * key.float()[:, :, :, None]).sum(-1).flatten(2).permute(1, 2, 0).contiguous() * scale
         query, key = (

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_dmc.cache import PagedCache, Step
 from megatron_dmc.ops import reference
-from megatron_dmc.ops.fused import _readable, _unsupported
+from megatron_dmc.ops.fused import _unsupported, readable
 from megatron_dmc.ops.reference import Rotary
 
 _kernels = torch.ops.megatron_dmc  # csrc/bindings.cpp; tests put the emulated ones here
@@ -76,7 +76,7 @@ def paged_attention(
 
     b, n, c = len(step.slots), step.decoding_tokens, len(step.chunk_slots)
     cos, sin = (None, None) if rotary is None else (t.float().contiguous() for t in rotary)
-    query, key, value = (_readable(x) for x in (query, key, value))
+    query, key, value = (readable(x) for x in (query, key, value))
     settings = cache.shape.window, offset, interleaved, scale
     state = (getattr(cache, name, None) for name in ("recent", "recent_weights", "mean", "total"))
     recent, recent_weights, mean, total = (None if x is None else x[layer] for x in state)

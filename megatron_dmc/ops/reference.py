@@ -62,13 +62,8 @@ def dmc_attention(
     alpha, keep = decide(key, offset, temperature, noise)
     merged_key, merged_value = merge(key, value, importance(query, key.shape[2], offset), alpha, window)
     query, merged_key = (rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
-
-    # A query sees its own entry as it stands, and key j to the degree that token j+1 did not merge into it.
-    s = query.shape[0]
-    diagonal = torch.eye(s, dtype=torch.bool, device=query.device)
-    future = torch.ones(s, s, dtype=torch.bool, device=query.device).triu(1)
-    bias = _per_query(key_bias(keep)).masked_fill(diagonal, 0.0).masked_fill(future, -math.inf)
-    return _attend(query, merged_key, merged_value, bias, scale).to(value.dtype), alpha
+    output = attend_causally(query, merged_key, merged_value, key_bias(keep), scale)
+    return output.to(value.dtype), alpha
 
 
 def decide(key: Tensor, offset: float, temperature: float | None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -88,6 +83,17 @@ def decide(key: Tensor, offset: float, temperature: float | None, noise: Tensor 
 def key_bias(keep: Tensor) -> Tensor:
     """Of key `j`, for later queries: `log(1 - α_{j+1})`, from `log(1 - α)` `[s, b, g]`; the last has no successor."""
     return torch.cat([keep[1:], torch.zeros_like(keep[:1])])
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
+    """A query sees its own entry as it stands, and earlier ones with their `key_bias`.
+
+    `key, value` `[n, b, g, d]` and `bias` `[n, b, g]` are of `n` tokens, `query` `[s, b, h, d]` of the last `s`.
+    """
+    n, s = key.shape[0], query.shape[0]
+    ones = torch.ones(s, n, dtype=torch.bool, device=query.device)
+    own, future = ones.triu(n - s) & ones.tril(n - s), ones.triu(n - s + 1)
+    return _attend(query, key, value, _per_query(bias).masked_fill(own, 0.0).masked_fill(future, -math.inf), scale)
 
 
 def decision_logits(key: Tensor, offset: float) -> Tensor:
@@ -312,15 +318,17 @@ def zero_out_attention(
     Shapes as for `dmc_attention`; at 1 this is the original model's attention.
     """
     _check(query, key, value, rotary, 0, None, None)
-    fade = torch.ones(query.shape[-1], device=query.device, dtype=query.dtype)
-    fade[-1] = last_channel
-
-    def faded(x: Tensor) -> Tensor:
-        return (rotate(x * fade, rotary, interleaved) * fade).to(x.dtype)
-
-    query, key, value = (x.permute(1, 2, 0, 3) for x in (faded(query), faded(key), value))
+    query, key = (fade_last_channel(x, rotary, last_channel, interleaved) for x in (query, key))
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     return output.permute(2, 0, 1, 3)
+
+
+def fade_last_channel(x: Tensor, rotary: Rotary | None, last_channel: float, interleaved: bool) -> Tensor:
+    """`x` `[s, b, heads, d]` rotated, its last channel multiplied by `last_channel` before and after."""
+    fade = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype)
+    fade[-1] = last_channel
+    return (rotate(x * fade, rotary, interleaved) * fade).to(x.dtype)
 
 
 def _accumulator(x: Tensor) -> torch.dtype:

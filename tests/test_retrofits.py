@@ -1,0 +1,37 @@
+"""Longer runs with Adam and noise: in other layouts, and from one layout to another."""
+
+import pytest
+from runs import UNDECIDED, train
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def test_a_retrofit_follows_the_single_process(base):
+    """Twenty steps of the schedule with Adam and noise: rounding grows, and stays below these bounds."""
+    flags = ["--dmc-stage", "retrofit", "--dmc-cr", 4, *UNDECIDED, "--load", base, "--finetune", "--train-iters", 20]
+    expected = train(*flags, "--lr", "1e-3")
+    assert len(expected.steps) == 20 and max(expected.values("compression loss")) > 0.01
+    context = "--context-parallel-size 2 --cp-comm-type a2a"
+    for layout in ("--tensor-model-parallel-size 2", context):
+        run = train(*flags, "--lr", "1e-3", *layout.split(), "--pipeline-model-parallel-size", 2, processes=4)
+        assert run.values("lm loss") == pytest.approx(expected.values("lm loss"), rel=2e-4), layout
+        assert run.values("compression ratio") == pytest.approx(expected.values("compression ratio"), rel=2e-3), layout
+
+
+def test_another_layout_goes_on(base, tmp_path):
+    """With noise and Adam: begun in one layout, gone on with in others, and as if in one process throughout."""
+    flags = ["--dmc-stage", "retrofit", "--dmc-cr", 4, *UNDECIDED, "--train-iters", 9, "--lr", "1e-3"]
+    whole = train(*flags, "--load", base, "--finetune")
+    saved = ["--save", tmp_path, "--save-interval", 3]
+    layouts = (
+        ["--tensor-model-parallel-size", 2, "--pipeline-model-parallel-size", 2],
+        ["--context-parallel-size", 2, "--cp-comm-type", "a2a"],
+        [],
+    )
+    for part, (layout, processes) in enumerate(zip(layouts, (4, 2, 1), strict=True)):
+        begin = ["--load", tmp_path] if part else ["--load", base, "--finetune"]
+        run = train(*flags, *begin, *saved, *layout, "--exit-interval", 3 * part + 3, processes=processes)
+        assert sorted(run.steps) == [3 * part + 1, 3 * part + 2, 3 * part + 3]
+        last = 3 * part + 3  # Megatron counts the first step of a run again in its second line
+        for name, tolerance in (("lm loss", 2e-4), ("compression ratio", 2e-3)):
+            assert run.steps[last][name] == pytest.approx(whole.steps[last][name], rel=tolerance), (layout, name)
