@@ -128,10 +128,18 @@ class PageAccount:
         entries = self.ended_entries + sum(self.entries)
         return (self.ended_tokens + sum(self.tokens)) / entries if entries else math.nan
 
-    @property
-    def available(self) -> float:
-        """Pages that are neither held nor spoken for in the coming step."""
-        return self.free - self.promised - sum(self.needs)
+    def has_room(self, chunk: float, slot: int | None = None, whole: float = 0.0) -> bool:
+        """Whether the coming step finds `chunk` pages for certain beside what is spoken for.
+
+        If a request goes on with them, in `slot`, what its next token may take is among them; and it will not come to
+        hold more than `whole`, whatever each rank's part of it holds so far. (So a prompt that is alone always goes on
+        in a pool that can hold it, however its chunks fall on pages.)
+        """
+        spoken_for = self.promised + sum(self.needs)
+        if slot is None:
+            return chunk <= self.free - spoken_for
+        spoken_for -= self.needs[slot]
+        return chunk <= self.free - spoken_for or whole <= self.pages - (sum(self.held) - self.held[slot]) - spoken_for
 
     def peak(self, prompt: int, answer: int) -> float:
         """Pages that are likely to be held at once, at most, from now on, with one more request of so many tokens.
@@ -306,9 +314,13 @@ class DMCInferenceContext(HoldsPages, DynamicInferenceContext):
         account, chunk = self.account, req.remaining_prompt_length
         if self.enable_chunked_prefill:
             chunk = min(chunk, self.max_tokens - self.active_token_count)
-        if self.pages_for(chunk) > account.available:
+        if req.request_id == self.chunked_prefill_request_id:
+            row = self.get_index_of_chunked_prefill_request(safe=False)
+            slot, whole = int(self.request_to_kv_block_ids[row, 0]), req.finished_chunk_token_count + chunk
+            return account.has_room(self.pages_for(chunk), slot, self.pages_for(whole))
+        if not account.has_room(self.pages_for(chunk)):
             return False
-        if not account.expected or req.request_id == self.chunked_prefill_request_id:
+        if not account.expected:
             return True
         peak = account.peak(req.remaining_prompt_length, req.sampling_params.num_tokens_to_generate)
         return peak <= (1 - HEADROOM) * self.pages_by_head

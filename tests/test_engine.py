@@ -157,6 +157,22 @@ def test_several_ranks_never_have_less_than_the_account_says(fresh_seed):
         assert account.free == min(pools)
 
 
+@pytest.mark.parametrize("chunk", [15, 16, 17])
+def test_a_prompt_goes_on_in_a_pool_that_it_fills(fresh_seed, chunk):
+    """However chunks fall on pages, of a prompt that does not merge: what it may take counts once."""
+    model = model_of(100.0)
+    (prompt,) = prompts_of(42)
+    llm = serve(model, 3, max_step_tokens=chunk)
+    future = llm.engine.add_request(0, prompt, greedy(6, termination_id=-1))
+    for _ in range(12):
+        llm.engine.step_modern()
+    assert not llm.engine.has_unfinished_requests()
+    (request,) = future.result().requests
+    assert list(request.generated_tokens) == without_cache(model, prompt, 6)
+    assert llm.context.account.ratio == 1 and not llm.engine.evicted_request_count
+    everything_returned(llm)
+
+
 def test_text_in_a_crowd(fresh_seed):
     """Two hundred at once, while others come and go, or are given up: the same tokens as without a cache."""
     chance = random.Random(fresh_seed)
