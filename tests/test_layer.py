@@ -256,17 +256,21 @@ def test_noise_is_logistic_and_the_same_for_a_head_in_every_layout(fresh_seed):
         def size(self):
             return self._size
 
-    def draw(rank, size, cp=1):
+    def draw(rank, size, cp=1, exchange="a2a"):
         collection = type("Groups", (), {"tp": Group(rank // cp, size // cp), "cp": Group(rank % cp, cp)})
         compression = Compression(DMCConfig(dmc_stage="retrofit"), 2, 4)
         compression.begin_step(5, 10)
-        core = DMCCoreAttention(config(), 1, compression=compression, pg_collection=collection)
+        groups = dict(pg_collection=collection, cp_comm_type=exchange)
+        core = DMCCoreAttention(config(), 1, compression=compression, **groups)
         torch.cuda.manual_seed(torch.seed())
-        return core._noise(torch.zeros(500, 4, 4 // size, 8, device="cuda")).sample(500, 4, 4 // size)
+        heads = 4 // size if exchange == "a2a" else 4 * cp // size
+        return core._noise(torch.zeros(500, 4, heads, 8, device="cuda")).sample(500, 4, heads)
 
     whole = draw(0, 1)
     assert torch.equal(torch.cat([draw(0, 2), draw(1, 2)], -1), whole)
     assert torch.equal(torch.cat([draw(rank, 4, cp=2) for rank in range(4)], -1), whole)
+    gathered = [draw(rank, 4, 2, "all_gather") for rank in range(4)]  # all heads of a tensor-parallel rank
+    assert torch.equal(gathered[0], gathered[1]) and torch.equal(torch.cat(gathered[1:3], -1), whole)
     assert whole.isfinite().all()
     assert abs(whole.mean()) < 0.15 and abs(whole.var() / (math.pi**2 / 3) - 1) < 0.15
 
