@@ -64,8 +64,6 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(base, tmp_path_factory):
     """What layouts are compared with: a run of one process from `base`, and its weights."""
-    from runs import DESCENT, STAGE, STEPS, train, weights
+    from runs import STAGE, train_from
 
-    folder = tmp_path_factory.mktemp("alone")
-    run = train(*DESCENT, *STAGE, "--load", base, "--save", folder, "--save-interval", STEPS)
-    return run, weights(folder)
+    return train_from(base, tmp_path_factory.mktemp("alone"), *STAGE)

@@ -121,6 +121,12 @@ def weights(checkpoint) -> dict:
     return {name: t for name, t in tensors.items() if name.startswith(("decoder", "embedding", "output_layer"))}
 
 
+def train_from(base, folder, *flags, processes=1):
+    """A few steps of gradient descent from the checkpoint `base`, saved in `folder`: the run and its weights."""
+    saved = ["--load", base, "--save", folder, "--save-interval", STEPS]
+    return train(*DESCENT, *flags, *saved, processes=processes), weights(folder)
+
+
 def assert_same_training(run, saved, alone):
     """Of a run and its weights, and of the run and weights that they should equal."""
     expected, expected_weights = alone

@@ -1,7 +1,7 @@
 """The same training with context parallelism: weights, losses, compression and noise; and experts."""
 
 import pytest
-from runs import DESCENT, MODEL, STAGE, STEPS, assert_same_training, launcher, python, train, weights
+from runs import DESCENT, MODEL, STAGE, STEPS, assert_same_training, launcher, python, train, train_from, weights
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -34,19 +34,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_train_alike(base, alone, tmp_path, layout):
     processes, flags = LAYOUTS[layout]
-    run = train(
-        *DESCENT,
-        *STAGE,
-        "--load",
-        base,
-        "--save",
-        tmp_path,
-        "--save-interval",
-        STEPS,
-        *flags.split(),
-        processes=processes,
-    )
-    assert_same_training(run, weights(tmp_path), alone)
+    assert_same_training(*train_from(base, tmp_path, *STAGE, *flags.split(), processes=processes), alone)
 
 
 GATHERED = "--context-parallel-size 2 --cp-comm-type all_gather".split()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import DESCENT, STAGE, STEPS, TOLERANCE, assert_same_training, train, weights
+from runs import DESCENT, STAGE, STEPS, TOLERANCE, assert_same_training, train, train_from, weights
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -23,19 +23,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_train_alike(base, alone, tmp_path, layout):
     processes, flags = LAYOUTS[layout]
-    run = train(
-        *DESCENT,
-        *STAGE,
-        "--load",
-        base,
-        "--save",
-        tmp_path,
-        "--save-interval",
-        STEPS,
-        *flags.split(),
-        processes=processes,
-    )
-    assert_same_training(run, weights(tmp_path), alone)
+    assert_same_training(*train_from(base, tmp_path, *STAGE, *flags.split(), processes=processes), alone)
 
 
 def test_the_compared_runs_compress(base, alone, tmp_path):
