@@ -26,12 +26,13 @@ from megatron_dmc.cache import PagedCache
 from megatron_dmc.compression import Compression
 from megatron_dmc.config import DMCError
 from megatron_dmc.context import HoldsPages
-from megatron_dmc.context_parallel import all_tokens, gather, own_tokens
+from megatron_dmc.context_parallel import all_tokens, gather, own_chunks, own_tokens
 from megatron_dmc.ops.chunks import dmc_attention_of_chunks, zero_out_attention_of_chunks
-from megatron_dmc.ops.fused import choose_kernel, dmc_attention
+from megatron_dmc.ops.documents import Documents
+from megatron_dmc.ops.fused import choose_kernel, dmc_attention, zero_out_attention
 from megatron_dmc.ops.noise import LogisticNoise
 from megatron_dmc.ops.paged import choose_paged_kernel, paged_attention
-from megatron_dmc.ops.reference import DMCCache, Rotary, dmc_attention_cached, zero_out_attention
+from megatron_dmc.ops.reference import DMCCache, Rotary, dmc_attention_cached
 
 
 @dataclass
@@ -43,11 +44,13 @@ class DMCCall:
 
     Attributes:
         rotary: `(cos, sin)` for the tokens of this pass, with a paged cache for all positions; or `None`.
+        documents: packed into the sequences, of all tokens whatever the context parallelism; or `None`.
         cache: the layer's contiguous cache under Megatron's static context, else `None`.
         paged: the paged cache and the step under way, else `None`.
     """
 
     rotary: Rotary | None
+    documents: Documents | None = None
     cache: DMCCache | None = None
     paged: HoldsPages | None = None
 
@@ -103,7 +106,8 @@ class DMCCoreAttention(MegatronModule):
     ) -> Tensor:
         """`query` `[s, b, h, d]`, `key, value` `[s, b, g, d]`, unrotated, this rank's heads; returns `[s, b, h*d]`.
 
-        The attention is causal; `attention_mask` is not read. With context parallelism `s` are this rank's tokens.
+        The attention is causal, within documents where there are any; `attention_mask` is not read. With context
+        parallelism `s` are this rank's tokens.
         """
         if get_pg_size(self._cp) > 1 and (attention_bias.cache is not None or attention_bias.paged is not None):
             raise DMCError("a model with context parallelism does not generate: load it with context_parallel_size = 1")
@@ -125,8 +129,9 @@ class DMCCoreAttention(MegatronModule):
                 )
             last_channel = self.compression.last_channel
             return attend_unmerged(
-                query, key, value, call.rotary, last_channel=last_channel, **self.settings, **self._of_chunks
-            )
+                query, key, value, call.rotary, last_channel=last_channel, documents=call.documents, **self.settings,
+                **self._of_chunks,
+            )  # fmt: skip
 
         settings = dict(
             self.settings, window=dmc.dmc_window_size, offset=dmc.dmc_init_val if self.merging else math.inf
@@ -139,6 +144,7 @@ class DMCCoreAttention(MegatronModule):
         if call.paged is not None:
             return self._paged(query, key, value, call, settings)
         settings["kernel"] = choose_kernel(query) if dmc.dmc_kernel == "auto" else dmc.dmc_kernel
+        settings["documents"] = call.documents
         settings |= self._of_chunks
         if self.training:
             noise = self._noise(key) if dmc.dmc_noise else None
@@ -226,18 +232,23 @@ class DMCSelfAttention(SelfAttention):
         *,
         inference_params: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `SelfAttention.forward`; the arguments that DMC has no meaning for must be `None`."""
+        """As `SelfAttention.forward`; the arguments that DMC has no meaning for must be `None`.
+
+        Packed documents come with `packed_seq_params`, or, where `Compression.packed_by_mask` says so, with an
+        `attention_mask` that is true where a token must not see another.
+        """
         refused = dict(
             key_value_states=key_value_states,
             rotary_pos_cos=rotary_pos_cos,
             rotary_pos_sin=rotary_pos_sin,
             rotary_pos_cos_sin=rotary_pos_cos_sin,
             attention_bias=attention_bias,
-            packed_seq_params=packed_seq_params,
         )
         if given := [name for name, value in refused.items() if value is not None]:
             raise DMCError(f"DMC attention takes no {', '.join(given)}")
         context = inference_context if inference_context is not None else inference_params
+        if context is not None and packed_seq_params is not None:
+            raise DMCError("packed documents are for training: to generate, give every sequence its own place")
         if isinstance(context, HoldsPages):
             positions = slice(0, context.max_sequence_length)
             call = DMCCall(rotary=self._rotary_tables(rotary_pos_emb, positions, context), paged=context)
@@ -249,8 +260,16 @@ class DMCSelfAttention(SelfAttention):
             )
         start = 0 if context is None else context.sequence_len_offset
         tokens = hidden_states.shape[0] * (get_pg_size(self.tp_group) if self.config.sequence_parallel else 1)
+        compression = self.core_attention.compression
+        positions, documents = slice(start, start + tokens), None
+        if packed_seq_params is not None:
+            documents = self._packed(packed_seq_params, tokens * get_pg_size(self.pg_collection.cp))
+            positions = slice(None)
+        elif compression.packed_by_mask and context is None:
+            documents = self._masked(attention_mask)
         call = DMCCall(
-            rotary=self._rotary_tables(rotary_pos_emb, slice(start, start + tokens), self.core_attention.compression),
+            rotary=self._rotary_tables(rotary_pos_emb, positions, compression, documents),
+            documents=documents,
             cache=None if context is None else self._cache(context, hidden_states),
         )
         return super().forward(
@@ -265,10 +284,44 @@ class DMCSelfAttention(SelfAttention):
         """The base class would store every key and value here; DMC's cache takes them in the core attention."""
         return query, key, value, rotary_pos_emb, self.attn_mask_type, None
 
-    def _rotary_tables(self, embedding: Any, positions: slice, owner: Compression | HoldsPages) -> Rotary | None:
+    def _packed(self, params: Any, tokens: int) -> Documents:
+        """The documents of Megatron's `PackedSeqParams`, which all layers of a pass share."""
+        if params.qkv_format != "thd":
+            raise DMCError(f"packed_seq_params must have qkv_format = 'thd'; got {params.qkv_format!r}")
+        borders = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
+        return self.core_attention.compression.documents(params, lambda: Documents.from_borders(borders, tokens))
+
+    def _masked(self, mask: Tensor | None) -> Documents:
+        """The documents of a mask `[b, 1, s, s]`, with context parallelism of its rows for this rank's tokens."""
+        if mask is None:
+            raise DMCError(
+                "documents are to be kept apart by the attention mask (--reset-attention-mask), and this layer got "
+                "none: keep the data loader's masks, or use --dataloader-inter-document-masking"
+            )
+
+        def find() -> Documents:
+            cp, (b, _, rows, tokens) = self.pg_collection.cp, mask.shape
+            own = torch.arange(tokens, device=mask.device)
+            if get_pg_size(cp) > 1:
+                own = torch.cat([own.chunk(2 * cp.size())[i] for i in own_chunks(cp)])
+            before = own[:, None].sub(1).clamp(min=0).expand(b, rows, 1)
+            first = mask[:, 0].gather(2, before)[..., 0].T | (own == 0)[:, None]
+            if get_pg_size(cp) > 1:
+                first = gather(first.byte(), cp).bool()
+            return Documents.from_first(first)
+
+        # A recomputed pass brings another tensor of the same memory.
+        return self.core_attention.compression.documents(mask, find, (mask.data_ptr(), mask._version, mask.shape))
+
+    def _rotary_tables(
+        self, embedding: Any, positions: slice, owner: Compression | HoldsPages, documents: Documents | None = None
+    ) -> Rotary | None:
         """`(cos, sin)` from the angles `[s, 1 | b, 1, d_rot]` that Megatron passes, at `positions`, in float32.
 
-        With context parallelism those are the angles of this rank's tokens, and the tables are for all.
+        With context parallelism those are the angles of this rank's tokens, and the tables are for all. Every packed
+        document begins anew, as it does in generation: DMC's zeroed channel has a partner, for which more counts than
+        the difference of two positions. (With `packed_seq_params` Megatron passes the angles of the longest document,
+        on every rank, of which all positions are wanted.)
 
         Megatron gives both channels of a pair their angle, the same one; the tables hold it once.
         Megatron passes one tensor to all layers, and the same one in every step: its tables are made once, and kept
@@ -279,18 +332,21 @@ class DMCSelfAttention(SelfAttention):
             return None
         angles = embedding[0] if isinstance(embedding, tuple) else embedding
         known = owner.rotary_tables
-        if known is not None and known[0] is angles and known[1] == positions:
-            return known[2]
-        tables = self._make_rotary_tables(angles, positions)
+        if known is not None and known[0] is angles and known[1] == positions and known[2] is documents:
+            return known[3]
+        tables = self._make_rotary_tables(angles, positions, documents)
         if isinstance(owner, HoldsPages) or not torch.is_inference_mode_enabled():  # training could not use them
-            owner.rotary_tables = angles, positions, tables
+            owner.rotary_tables = angles, positions, documents, tables
         return tables
 
-    def _make_rotary_tables(self, angles: Tensor, positions: slice) -> Rotary:
-        if angles.shape[0] != positions.stop - positions.start:  # a table for all positions, not for this pass alone
-            angles = angles[positions]
-        if get_pg_size(self.pg_collection.cp) > 1:
-            angles = gather(angles.detach(), self.pg_collection.cp)
+    def _make_rotary_tables(self, angles: Tensor, positions: slice, documents: Documents | None) -> Rotary:
+        if positions != slice(None):
+            if len(angles) != positions.stop - positions.start:  # a table for all positions, not for this pass alone
+                angles = angles[positions]
+            if get_pg_size(self.pg_collection.cp) > 1:
+                angles = gather(angles.detach(), self.pg_collection.cp)
+        if documents is not None and angles.shape[1] == 1:  # otherwise every sequence has positions of its own
+            angles = angles[documents.positions.clamp(max=len(angles) - 1), 0]
         angles = angles.squeeze(2).float()
         angles = angles[..., ::2] if self.config.rotary_interleaved else angles[..., : angles.shape[-1] // 2]
         angles = angles.squeeze(1) if angles.shape[1] == 1 else angles

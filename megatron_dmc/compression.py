@@ -10,13 +10,16 @@ bit comes from the step before, reduced over all ranks once per step.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise
 
 _NOISE = "dmc-noise-"
@@ -78,7 +81,11 @@ class Compression:
         self.kernel: str | None = None
         """What attention ran on last in training, one of `config.KERNELS`."""
         self.rotary_tables: tuple | None = None
-        """The angles that Megatron passed last, their positions, and the tables made from them, for all layers."""
+        """The angles that Megatron passed last, positions, documents, and the tables made from them, for all layers."""
+        self.packed_by_mask = False
+        """Whether attention masks keep packed documents apart; in Megatron's own training loop its
+        --reset-attention-mask. If not, masks are not read."""
+        self._documents: tuple | None = None
         self._counts: Tensor | None = None  # [2, layers]: tokens that merged, tokens
         self._loss_scale: Tensor | float = 1.0
         self.seed = 1234
@@ -110,6 +117,13 @@ class Compression:
             tracker.seeds_.discard(seed)  # a recomputed pass may come here again
         with tracker.fork(name):
             return LogisticNoise.draw(device, stream, first_head)
+
+    def documents(self, source: Any, find: Callable[[], Documents], key: tuple | None = None) -> Documents:
+        """What `find` finds in `source`, once for all layers. Sources are the same if their `key` is, or the object."""
+        known = self._documents
+        if known is None or (known[0] is not source if key is None else known[1] != key):
+            self._documents = known = source, key, find()
+        return known[2]
 
     @property
     def merge_target(self) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc.compression import Compression, StepReport
-from megatron_dmc.config import DMCConfig, DMCError
+from megatron_dmc.config import DMCError
 
 MERGE_RATE = "dmc_merge_rate"
 """Name under which `Compression.merge_rate` is saved among the arguments."""
@@ -45,8 +45,8 @@ def keep_compiled_helpers() -> None:
     utils.compile_helpers = lambda: None
 
 
-def install(dmc: DMCConfig) -> None:
-    """Join DMC to `megatron.training`, where that is the training loop; without effect the second time."""
+def install(compression: Compression) -> None:
+    """Join a model's compression to `megatron.training`, where that is the training loop."""
     try:
         from megatron.training import checkpointing, training
         from megatron.training.global_vars import get_args
@@ -57,7 +57,9 @@ def install(dmc: DMCConfig) -> None:
     except AssertionError:  # the model is built outside of the loop
         return
     _check_arguments(args)
-    vars(args).update(asdict(dmc))
+    compression.seed = args.seed
+    compression.packed_by_mask = args.reset_attention_mask
+    vars(args).update(asdict(compression.config))
     _wrap(training, "train_step", _train_step)
     _wrap(training, "evaluate", _evaluate)
     _wrap(training, "save_checkpoint", _save_checkpoint)
@@ -65,9 +67,34 @@ def install(dmc: DMCConfig) -> None:
 
 
 def _check_arguments(args: Any) -> None:
-    for name in ("reset_attention_mask", "reset_position_ids", "dataloader_inter_document_masking", "sft"):
-        if getattr(args, name, False):
-            raise DMCError(f"DMC does not keep packed documents apart yet: leave out --{name.replace('_', '-')}")
+    """Refuse ways to pack documents that would not keep them apart, or that Megatron loses on the way."""
+    instead = "use --dataloader-inter-document-masking instead"
+    stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
+    refusals = [
+        (
+            args.reset_attention_mask and not args.create_attention_mask_in_dataloader,
+            "--reset-attention-mask needs the data loader's masks: leave out --no-create-attention-mask-in-dataloader, "
+            f"or {instead}",
+        ),
+        (
+            args.reset_attention_mask and (stages > 2 or chunks > 1),
+            f"--reset-attention-mask: of {stages} pipeline stages, {chunks} chunks each, Megatron gives masks to the "
+            f"first and the last alone; {instead}",
+        ),
+        (
+            args.dataloader_inter_document_masking and stages > 1 and args.micro_batch_size > 1,
+            f"--dataloader-inter-document-masking: Megatron's pipeline stages expect {args.micro_batch_size} sequences "
+            "side by side and get them one after the other; use --micro-batch-size 1",
+        ),
+        (
+            args.sft and args.context_parallel_size > 1,
+            "--sft: with context parallelism Megatron shares out every document by itself, and DMC's merges need "
+            f"whole chunks; {instead}",
+        ),
+        (args.hybrid_context_parallel, "--hybrid-context-parallel: DMC knows one context-parallel group; leave it out"),
+    ]
+    if found := [message for refused, message in refusals if refused]:
+        raise DMCError("DMC cannot keep packed documents apart with " + "; ".join(found))
 
 
 def _wrap(module: Any, name: str, wrapper: Callable) -> None:
@@ -126,7 +153,6 @@ def _begin_training(compression: Compression, model: list, iteration: int) -> No
     from megatron.training.global_vars import get_args
 
     compression.merge_rate = getattr(get_args(), MERGE_RATE, 0.0)
-    compression.seed = get_args().seed
     begins = compression.config.dmc_stage == "retrofit" and iteration == 0
     if begins and any(not layer.importance_is_zeroed() for layer in dmc_layers(model)):
         warnings.warn(

@@ -67,7 +67,7 @@ def prepare_model(
         )
         config.dmc_compression = compression
         config.experimental_attention_variant_loss_scale_func = compression.set_loss_scale
-        megatron_hooks.install(dmc)
+        megatron_hooks.install(compression)
     return compression
 
 

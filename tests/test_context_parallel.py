@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from emulation import cuda_headers
 from megatron.core import parallel_state
-from test_fused import NAMES, ROUNDING, compare_results, error, run
+from test_fused import NAMES, ROUNDING, compare_results, error, run, some_documents
 
 from megatron_dmc.context_parallel import all_tokens, balanced, gather, in_order, own_tokens
 from megatron_dmc.ops import fused, reference
@@ -138,6 +138,8 @@ def _attend(rank, cp, store, seed, kernel="reference", emulated=None):
         ours = partial(dmc_attention_of_chunks, group=dist.group.WORLD, kernel=kernel, noise=noise)
         grads = torch.randn(s, b, h, d), 0.1 * torch.randn(s, b, g)
         sample = noise and noise.sample(s, b, g)
+        if by_sequence:
+            options["documents"] = some_documents(s, b, rows[0].device)
         exact = run(reference.dmc_attention, rows, rotary, grads, torch.float64, noise=sample, **options)
         mine = run(ours, [tokens(x) for x in rows], rotary, [tokens(x) for x in grads], **options)
         if kernel == "reference":
@@ -148,7 +150,7 @@ def _attend(rank, cp, store, seed, kernel="reference", emulated=None):
             parts = [[tokens(x) for x in results] for results in (plain, exact)]
             compare_results(mine, *parts, [tokens(x) for x in grads], **options)
         if kernel != "dense":
-            options = dict(last_channel=0.3)
+            options = dict(last_channel=0.3, documents=options.get("documents"))
             mine = [tokens(x).requires_grad_() for x in rows]
             whole = [x.clone().requires_grad_() for x in rows]
             found = zero_out_attention_of_chunks(*mine, rotary, group=dist.group.WORLD, **options)

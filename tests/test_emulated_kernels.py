@@ -4,6 +4,7 @@ The heavy part in between is attention written out. Emulation is slow, so shapes
 real thing, on a GPU.
 """
 
+import functools
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from emulation import cuda_headers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_fused import compare_results, inputs, rotary_tables, run
+from test_fused import compare_results, inputs, rotary_tables, run, some_documents
 
 from megatron_dmc.ops import fused, reference
 from megatron_dmc.ops.noise import LogisticNoise
@@ -40,16 +41,16 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return *fused._backward(*grads, *ctx.saved_tensors, *ctx.settings), *[None] * 12
+        return *fused._backward(*grads, *ctx.saved_tensors, *ctx.settings), *[None] * 14
 
 
-def attention(query, key, value, rotary, *, window=12, offset=5.0, temperature=None, noise=None, interleaved=False):
-    cos, sin = rotary or (None, None)
-    drawn = noise if isinstance(noise, LogisticNoise) else LogisticNoise(None)
-    return Attention.apply(
-        query, key, value, cos, sin, None if drawn is noise else noise, drawn.key, drawn.stream, drawn.first_head,
-        window, offset, temperature, interleaved, query.shape[-1] ** -0.5, "dense",
-    )  # fmt: skip
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.ops.megatron_dmc, "attention", Attention.apply, raising=False)
+    monkeypatch.setattr(fused, "check_fused", lambda *_: None)
+
+
+attention = functools.partial(fused.dmc_attention, kernel="dense")
 
 
 def compare(qkv, rotary, noise=None, **options):
@@ -75,10 +76,11 @@ def compare(qkv, rotary, noise=None, **options):
     noisy=st.sampled_from([None, "tensor", "key"]),
     merging=st.sampled_from([0.2, 0.7, 1.0]),
     fused_view=st.booleans(),
+    packed=st.booleans(),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_kernels_equal_the_reference(
-    shape, dtype, window, turning, interleaved, by_sequence, soft, noisy, merging, fused_view, seed
+    shape, dtype, window, turning, interleaved, by_sequence, soft, noisy, merging, fused_view, packed, seed
 ):
     torch.manual_seed(seed)
     tokens, sequences, (heads, kv_heads), channels = shape
@@ -92,7 +94,8 @@ def test_kernels_equal_the_reference(
         noise = torch.logit(torch.rand(tokens, sequences, kv_heads), eps=1e-6)
     elif soft is not None and noisy == "key":
         noise = LogisticNoise.draw(torch.device("cpu"), stream=3, first_head=5)
-    compare(qkv, rotary, noise, window=window, temperature=soft, interleaved=interleaved)
+    documents = some_documents(tokens, sequences, "cpu") if packed else None
+    compare(qkv, rotary, noise, window=window, temperature=soft, interleaved=interleaved, documents=documents)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

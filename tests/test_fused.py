@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_dmc.ops import fused, reference
+from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise, _philox
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -39,6 +40,13 @@ def inputs(tokens, sequences, heads, kv_heads, channels, dtype, *, fused_view=Fa
     if not fused_view:
         return q.contiguous(), k.contiguous(), v.contiguous()
     return (qkv[..., 0, :] if group == 1 else q), k, v
+
+
+def some_documents(tokens, sequences, device="cuda"):
+    """Of each sequence others, documents of one token among them."""
+    first = torch.rand(tokens, sequences) < torch.rand(sequences) ** 3
+    first[0] = True
+    return Documents.from_first(first.to(device))
 
 
 def run(attention, qkv, rotary, grads, dtype=None, **options):
@@ -150,7 +158,7 @@ def test_the_extension_is_built_where_nvcc_is():
             assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
             assert x.is_contiguous()
         output, alpha, *_ = torch.ops.megatron_dmc.attention(
-            query, key, key, None, None, None, None, 0, 0, *settings, "flash"
+            query, key, key, None, None, None, None, 0, 0, None, 0, *settings, "flash"
         )
         assert (output.shape, output.dtype, alpha.shape) == (query.shape, query.dtype, scalars.shape)
 
@@ -205,6 +213,24 @@ def test_every_kernel(kernel, channels):
     for heads, kv_heads in ((4, 4), (8, 2)):
         qkv = inputs(333, 2, heads, kv_heads, channels, torch.bfloat16)
         compare(qkv, rotary_tables(333, channels), kernel, temperature=0.3)
+
+
+@gpu
+@pytest.mark.parametrize("kernel", ["auto", "flash", "dense"])
+@pytest.mark.parametrize("window", [0, 12])
+@pytest.mark.parametrize("channels", fused.HEAD_SIZES)
+def test_documents(fresh_seed, kernel, window, channels):
+    for sequences, temperature in ((1, None), (3, 0.3)):
+        qkv = inputs(517, sequences, 8, 2, channels, torch.bfloat16)
+        documents = some_documents(517, sequences)
+        compare(
+            qkv, rotary_tables(517, channels), kernel, window=window, temperature=temperature, documents=documents
+        )  # fmt: skip
+        want, got = (
+            f(*qkv, rotary_tables(517, 0), last_channel=0.4, documents=documents)
+            for f in (reference.zero_out_attention, fused.zero_out_attention)
+        )
+        assert error(got, want.double()) < 4 * ROUNDING[torch.bfloat16]
 
 
 @gpu
@@ -385,7 +411,13 @@ def test_opcheck():
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         kernel = "dense" if dtype == torch.float32 else "flash"
         opcheck(
-            ops.attention, (q, k, v, cos, sin, None, None, 0, 0, 12, 5.0, 0.3, False, 0.125, kernel),
+            ops.attention, (q, k, v, cos, sin, None, None, 0, 0, None, 0, 12, 5.0, 0.3, False, 0.125, kernel),
+            atol=2e-2, rtol=2e-2,
+        )  # fmt: skip
+        documents = some_documents(40, 2)
+        packing = documents.borders, documents.longest
+        opcheck(
+            ops.attention, (q, k, v, cos, sin, None, None, 0, 0, *packing, 12, 5.0, 0.3, False, 0.125, kernel),
             atol=2e-2, rtol=2e-2,
         )  # fmt: skip
 

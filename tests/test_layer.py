@@ -389,7 +389,66 @@ def test_multi_latent_attention_is_refused():
         dmc_layer_spec(cfg, dmc=DMCConfig(dmc_stage="retrofit"))
 
 
-@pytest.mark.parametrize("argument", ["attention_bias", "packed_seq_params", "key_value_states"])
+def packed(lengths):
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    borders = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+@pytest.mark.parametrize("stage", ["zero-out", "retrofit"])
+@pytest.mark.parametrize("how", ["none", "full"])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+def test_packed_documents_are_as_if_alone(fresh_seed, stage, how, positions):
+    """Outputs and gradients of a model, packed as Megatron packs documents in either way, and one by one."""
+    dmc = DMCConfig(dmc_stage=stage, dmc_init_val=0.1, dmc_temp=0.5, dmc_noise=False)
+    model = gpt(config(**RECOMPUTE[how]), dmc, position_embedding_type=positions).train()
+    compression = model.config.dmc_compression
+    compression.begin_step(0, 2)  # nothing is asked for yet, whatever the number of tokens in a pass
+    compression.last_channel = 0.4
+    lengths = [1, 9, 2, 6]
+    rows = torch.randint(0, 64, (2, sum(lengths)), device="cuda")
+    weight = torch.randn(2, sum(lengths), 64, device="cuda")
+
+    def step(passes):
+        model.zero_grad()
+        outputs = [model(tokens, torch.arange(tokens.shape[1], device="cuda").expand_as(tokens), mask, **more)
+                   for tokens, mask, more in passes]  # fmt: skip
+        output = torch.cat([x.flatten(0, 1) for x in outputs])
+        (output * weight.flatten(0, 1)).sum().backward()
+        return [output.detach(), *(p.grad for p in model.parameters())]
+
+    apart = [step([(part, None, {}) for row in rows for part in row[None].split(lengths, 1)])]
+    apart.append(step([(row[None], None, dict(packed_seq_params=packed(lengths))) for row in rows]))
+    apart.append(step([(rows.view(1, -1), None, dict(packed_seq_params=packed(lengths + lengths)))]))
+    compression.packed_by_mask = True
+    document = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+    mask = (document[:, None] != document).logical_or(torch.ones(18, 18).triu(1) > 0).expand(2, 1, -1, -1).cuda()
+    apart.append(step([(rows, mask, {})]))
+    for got in apart[1:]:
+        for a, b in zip(got, apart[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
+    with pytest.raises(DMCError, match="this layer got none"):
+        step([(rows, None, {})])
+
+
+def test_packed_documents_are_for_training(fresh_seed):
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    attention = gpt(config()).decoder.layers[0].self_attention
+    hidden = torch.zeros(3, 1, 32, device="cuda")
+    with pytest.raises(DMCError, match="packed documents are for training"):
+        attention(hidden, None, inference_context=StaticInferenceContext(1, 8), packed_seq_params=packed([3]))
+    params = packed([3])
+    params.qkv_format = "sbhd"
+    with pytest.raises(DMCError, match="qkv_format = 'thd'; got 'sbhd'"):
+        attention(hidden, None, packed_seq_params=params)
+
+
+@pytest.mark.parametrize("argument", ["attention_bias", "key_value_states"])
 def test_arguments_without_meaning_are_refused(argument):
     attention = gpt(config()).decoder.layers[0].self_attention
     with pytest.raises(DMCError, match=argument):

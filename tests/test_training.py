@@ -133,7 +133,11 @@ def test_stock_script(base, tmp_path):
         ("--dmc-stage retrofit --dmc-cr 0.5", "dmc_cr must be a compression ratio of at least 1; got 0.5"),
         ("--dmc-stage retrofit --load /nowhere --finetune", "no checkpoint in --load /nowhere"),
         ("--dmc-stage retrofit --attention-dropout 0.1", "attention_dropout = 0.1 (set it to 0"),
-        ("--dmc-stage retrofit --reset-attention-mask", "leave out --reset-attention-mask"),
+        (
+            "--dmc-stage retrofit --reset-attention-mask --no-create-attention-mask-in-dataloader",
+            "--reset-attention-mask needs the data loader's masks",
+        ),
+        ("--dmc-stage retrofit --sft", "--sft needs the data sets of Megatron's own pretrain_gpt.py"),
         ("--dmc-stage retrofit --spec local local", "leave one of them out"),
         ("--dmc-stage compress", "one of zero-out, retrofit, finetune"),
     ],

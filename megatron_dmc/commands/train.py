@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -45,6 +46,8 @@ def main() -> None:
     keep_compiled_helpers()
     args = parse_and_validate_args(extra_args_provider=_arguments)
     dmc = DMCConfig.from_args(args)
+    if args.sft:
+        raise DMCError("--sft needs the data sets of Megatron's own pretrain_gpt.py: run that with --spec")
     _check_checkpoint_exists(args)
     model = gpt_config_from_args(args)
     if dmc.dmc_stage is not None:
@@ -115,11 +118,12 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None):
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        inter_document_masking=args.dataloader_inter_document_masking,
     )
 
     def needed_here() -> bool:
         first = parallel_state.get_tensor_model_parallel_rank() == 0
-        return first and is_first_or_last_pipeline_stage(vp_stage)
+        return first and (args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage))
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, num_samples, needed_here, config).build()
@@ -150,15 +154,40 @@ def _forward_step(data_iterator, model):
         batch.get("attention_mask"),
         labels=batch.get("labels"),
         loss_mask=batch.get("loss_mask"),
+        packed_seq_params=_packed(batch),
     )
     return losses, partial(_loss, batch.get("loss_mask"))
+
+
+def _packed(batch: dict[str, torch.Tensor]) -> Any:
+    """Where documents begin, for Megatron's layers, with `--dataloader-inter-document-masking`."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.training import get_args
+    from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+
+    if batch.get("cu_seqlens") is None:
+        return None
+    borders, longest = batch["cu_seqlens"][0], int(batch["max_seqlen"])
+    update_seqlen_stats_from_cu_seqlens(borders)  # for the FLOPs that Megatron logs
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=get_args().seq_length,
+    )
 
 
 def _batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor]:
     """The next micro-batch, on every tensor-parallel rank of the stages that need it."""
     from megatron.core import parallel_state
     from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-    from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+    from megatron.core.utils import (
+        flatten_batch_for_packed_sequences,
+        get_batch_on_this_cp_rank,
+        get_batch_on_this_tp_rank,
+    )
     from megatron.training import get_args
     from megatron.training.utils import is_first_or_last_pipeline_stage
 
@@ -169,14 +198,17 @@ def _batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor]:
         ignore_virtual=False,
         vp_stage=vp_stage,
     )
-    if not is_first_or_last_pipeline_stage(vp_stage) and not predicts_more:
+    packed = args.dataloader_inter_document_masking
+    has_tokens = is_first_or_last_pipeline_stage(vp_stage) or predicts_more
+    if not has_tokens and not packed:
         return {}
     batch = {}
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         batch = {name: x.cuda(non_blocking=True) for name, x in next(data_iterator).items()}
+        batch.setdefault("cu_seqlens_padded")
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -190,7 +222,15 @@ def _batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor]:
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
+    batch = flatten_batch_for_packed_sequences(batch)
+    if not has_tokens:
+        return {name: batch[name] for name in ("cu_seqlens", "max_seqlen")}
+    return get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=parallel_state.get_context_parallel_group(),
+        use_per_sequence_balancing=packed,
+    )
 
 
 def _loss(loss_mask: torch.Tensor, losses: torch.Tensor):

@@ -19,10 +19,9 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_dmc.context_parallel import gather, own_chunks, reduce_scatter, with_borders
 from megatron_dmc.ops import fused, reference
+from megatron_dmc.ops.documents import NEVER, Documents, separate
 from megatron_dmc.ops.noise import LogisticNoise
 from megatron_dmc.ops.reference import Rotary
-
-_NEVER = -30000.0  # in a key's last channel: does not merge, whatever the noise; float16 can hold it
 
 
 def dmc_attention_of_chunks(
@@ -36,6 +35,7 @@ def dmc_attention_of_chunks(
     offset: float = 5.0,
     temperature: float | None = None,
     noise: Tensor | LogisticNoise | None = None,
+    documents: Documents | None = None,
     interleaved: bool = False,
     scale: float | None = None,
     kernel: str = "auto",
@@ -46,7 +46,7 @@ def dmc_attention_of_chunks(
         query, key, value: `[s/cp, b, h | g, d]`, this rank's two chunks one after the other.
         rotary: `(cos, sin)` of all `s` tokens.
         group: the context-parallel process group; all its ranks make this call.
-        noise: of all `s` tokens.
+        noise, documents: of all `s` tokens.
         window: 1 or more, at most as long as a chunk.
         Others as for `fused.dmc_attention`.
 
@@ -64,10 +64,15 @@ def dmc_attention_of_chunks(
             f"a chunk; got {window}: choose another window, longer sequences or a2a"
         )
     kernel = fused.choose_kernel(query) if kernel == "auto" else kernel
-    query, key, value = with_borders((query, key, value), window, group)
     chunks = own_chunks(group)
+    within = None
+    if documents is not None:
+        within = documents.within(chunks, chunk)
+        key = separate(key, documents.first.unflatten(0, (-1, chunk))[list(chunks)].flatten(0, 1))
+        kernel = "flash" if kernel == "cudnn" else kernel
+    query, key, value = with_borders((query, key, value), window, group)
     if chunks[0] == 0:  # the sequence's first token has nothing to merge into
-        key[window, 0, :, :, -1] = _NEVER
+        key[window, 0, :, :, -1] = NEVER
     positions = torch.stack([torch.arange(-window, chunk + 1, device=query.device) + i * chunk for i in chunks], 1)
     positions = positions.clamp(0, tokens * group.size() - 1)  # beyond the ends anything will do
 
@@ -85,7 +90,7 @@ def dmc_attention_of_chunks(
     if kernel == "reference":
         reference._check(query, key, value, rotary, window, temperature, noise)
         output, alpha = _reference(
-            query, key, value, rotary, group, window, offset, temperature, noise, interleaved, scale
+            query, key, value, rotary, group, window, offset, temperature, noise, documents, interleaved, scale
         )
     else:
         fused.check_fused(query, key, value, rotary, noise, kernel)
@@ -95,8 +100,9 @@ def dmc_attention_of_chunks(
         cos, sin = (None, None) if rotary is None else (t.float().contiguous() for t in rotary)
         noise = None if noise is None else noise.float().contiguous()
         output, alpha = _Fused.apply(
-            query, key, value, cos, sin, noise, group, window, offset, temperature, interleaved, scale, kernel
-        )
+            query, key, value, cos, sin, noise, group, documents, within, window, offset, temperature, interleaved,
+            scale, kernel,
+        )  # fmt: skip
     return _one_after_the_other(output), _one_after_the_other(alpha)
 
 
@@ -108,6 +114,7 @@ def zero_out_attention_of_chunks(
     *,
     group: Any,
     last_channel: float,
+    documents: Documents | None = None,
     interleaved: bool = False,
     scale: float | None = None,
 ) -> Tensor:
@@ -122,6 +129,8 @@ def zero_out_attention_of_chunks(
         seen = (i + 1) * chunk
         heads_first = (fused.heads_first(x) for x in (own, keys[:seen], values[:seen]))
         mask = causal_lower_right(chunk, seen)
+        if documents is not None:
+            mask = (~documents.apart(slice(seen - chunk, seen), seen)).tril(seen - chunk)[:, None]
         outputs.append(F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=True))
     return torch.cat(outputs, 2).permute(2, 0, 1, 3)
 
@@ -137,7 +146,7 @@ def _side_by_side(x: Tensor) -> Tensor:
 
 
 def _reference(
-    query, key, value, rotary, group, window, offset, temperature, noise, interleaved, scale
+    query, key, value, rotary, group, window, offset, temperature, noise, documents, interleaved, scale
 ) -> tuple[Tensor, Tensor]:
     """As `reference.dmc_attention`, of chunks with borders."""
     alpha, keep = reference.decide(key, offset, temperature, noise)
@@ -149,10 +158,12 @@ def _reference(
     everything = gather(_one_after_the_other(everything), group)
     keys, values, bias = everything.split([key.shape[-1], value.shape[-1], 1], -1)
     chunk = len(query) - window - 1
-    outputs = [
-        reference.attend_causally(own_query, *(x[: (i + 1) * chunk] for x in (keys, values, bias[..., 0])), scale)
-        for i, own_query in zip(own_chunks(group), rotated[own].unflatten(1, (2, -1)).unbind(1), strict=True)
-    ]
+    outputs = []
+    for i, own_query in zip(own_chunks(group), rotated[own].unflatten(1, (2, -1)).unbind(1), strict=True):
+        seen = (i + 1) * chunk
+        apart = None if documents is None else documents.apart(slice(seen - chunk, seen), seen)
+        rows = (x[:seen] for x in (keys, values, bias[..., 0]))
+        outputs.append(reference.attend_causally(own_query, *rows, scale, apart))
     return torch.cat(outputs, 1).to(value.dtype), alpha[own]
 
 
@@ -161,8 +172,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, query, key, value, cos, sin, noise, group, window, offset, temperature, interleaved, scale, kernel
-    ) -> tuple[Tensor, Tensor]:
+        ctx, query, key, value, cos, sin, noise, group, documents, within, window, offset, temperature, interleaved,
+        scale, kernel,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        packing = (None, 0) if within is None else (within.borders, within.longest)
         channel = fused.query_channel(query.dtype, scale)
         key, value = map(fused.readable, (key, value))
         *rows, diagonal, alpha, weight = fused._kernels.prepare(
@@ -172,10 +185,12 @@ class _Fused(torch.autograd.Function):
         own = slice(window, -1)
         query, own_key, own_value = (x[own] for x in rows)
         diagonal = diagonal[:, :, own].contiguous()
-        output, lse = fused.attend(kernel, *map(fused.heads_first, (query, own_key, own_value)), scale)
+        rows = map(fused.heads_first, (query, own_key, own_value))
+        output, lse = fused.attend(kernel, *rows, scale, True, *packing)
         lse = lse.contiguous()
         output = fused.tokens_first(output)
-        for own_output, own_lse, own_query, keys, values in _past(group, output, lse, query, own_key, own_value):
+        past = _past(group, documents, output, lse, query, own_key, own_value)
+        for own_output, own_lse, own_query, keys, values, _ in past:
             more, more_lse = fused.attend(kernel, own_query, keys, values, scale, causal=False)
             both = torch.logaddexp(own_lse, more_lse)
             share = torch.exp(more_lse - both)[..., None]
@@ -185,31 +200,31 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(
             key, value, cos, sin, query, own_key, own_value, output, lse, diagonal, alpha, weight
         )  # fmt: skip
-        ctx.settings = group, window, temperature, interleaved, scale, kernel
+        ctx.settings = group, documents, packing, window, temperature, interleaved, scale, kernel
         ctx.set_materialize_grads(False)
         return output, alpha[own]
 
     @staticmethod
     def backward(ctx, grad_output: Tensor | None, grad_alpha: Tensor | None):
         key, value, cos, sin, query, own_key, own_value, output, lse, diagonal, alpha, weight = ctx.saved_tensors
-        group, window, temperature, interleaved, scale, kernel = ctx.settings
+        group, documents, packing, window, temperature, interleaved, scale, kernel = ctx.settings
         own, channel = slice(window, -1), fused.query_channel(key.dtype, scale)
         grad_output = torch.zeros_like(output) if grad_output is None else fused.readable(grad_output)
         heads_first = map(fused.heads_first, (grad_output, query, own_key, own_value, output))
-        grads = fused.attend_backward(kernel, *heads_first, lse, scale)
+        grads = fused.attend_backward(kernel, *heads_first, lse, scale, True, *packing)
         grad_query, grad_key, grad_value = map(fused.tokens_first, grads)
 
         # What this rank's queries have for every rank's keys and values.
         b, g = own_key.shape[1] // 2, own_key.shape[2]
         of_all = key.new_zeros(2 * group.size() * len(own_key), b, 2 * g, key.shape[-1])
-        for own_grad, own_output, own_lse, own_query, to_query, keys, values in _past(
-            group, grad_output, output, lse, query, grad_query, own_key, own_value
+        for own_grad, own_output, own_lse, own_query, to_query, keys, values, where in _past(
+            group, documents, grad_output, output, lse, query, grad_query, own_key, own_value
         ):
             to_past = fused.attend_backward(
                 kernel, own_grad, own_query, keys, values, own_output, own_lse, scale, causal=False
             )
             to_query.add_(to_past[0])
-            of_all[: keys.shape[2]].add_(torch.cat([x.permute(2, 0, 1, 3) for x in to_past[1:]], 2))
+            of_all[where].add_(torch.cat([x.permute(2, 0, 1, 3) for x in to_past[1:]], 2))
         for mine, found in zip(
             (grad_key, grad_value), _side_by_side(reduce_scatter(of_all, group)).chunk(2, 2), strict=True
         ):
@@ -228,27 +243,36 @@ class _Fused(torch.autograd.Function):
         grad_key, grad_value = fused._kernels.prepare_backward_(
             grad_query, *grads, key, value, alpha, weight, window, temperature
         )
-        return grad_query, grad_key, grad_value, *[None] * 10
+        return grad_query, grad_key, grad_value, *[None] * 12
 
 
-def _past(group: Any, *tensors: Tensor):
+def _past(group: Any, documents: Documents | None, *tensors: Tensor):
     """For each of this rank's chunks that has others before it: views of its part, and all keys and values before it.
+
+    With documents, of each sequence the part that belongs to a document from before the chunk, and what that has there.
 
     Args:
         tensors: of two chunks as sequences, `[c, 2·b, …]` or log-sum-exps `[2·b, h, c]`; the last two are keys and
             values.
 
     Yields:
-        As many tensors, heads first: `[b, h, c, d]`, `[b, h, c]`; keys and values `[b, g, n, d]`, gathered.
+        As many tensors, heads first: `[b, h, c, d]`, `[b, h, c]`; keys and values `[b, g, n, d]`, gathered. And where
+        these keys are among all, `[s, b, …]`.
     """
     *parts, key, value = tensors
     chunk, b = len(key), key.shape[1] // 2
     everything = gather(_one_after_the_other(torch.cat([key, value], 2)), group)
     keys, values = map(fused.heads_first, everything.chunk(2, 2))
     for place, i in enumerate(own_chunks(group)):
-        if i:
-            of = slice(place * b, (place + 1) * b)
+        begin = i * chunk
+        pieces = [(0, b, chunk, 0)] if i else []
+        if documents is not None:
+            pieces = [(j, j + 1, *documents.across(j, begin, begin + chunk)) for j in range(b)]
+        for j, until, tokens, since in pieces:
+            if tokens == 0:
+                continue
+            of, past = slice(place * b + j, place * b + until), slice(since, begin)
             yield (
-                *(x[of] if x.dim() == 3 else fused.heads_first(x[:, of]) for x in parts),
-                keys[:, :, : i * chunk], values[:, :, : i * chunk],
+                *(x[of, :, :tokens] if x.dim() == 3 else fused.heads_first(x[:tokens, of]) for x in parts),
+                keys[j:until, :, past], values[j:until, :, past], (past, slice(j, until)),
             )  # fmt: skip

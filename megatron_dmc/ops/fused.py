@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_dmc.config import KERNELS
 from megatron_dmc.ops import reference
+from megatron_dmc.ops.documents import Documents, separate
 from megatron_dmc.ops.noise import LogisticNoise
 from megatron_dmc.ops.reference import Rotary
 
@@ -47,6 +48,7 @@ def dmc_attention(
     offset: float = 5.0,
     temperature: float | None = None,
     noise: Tensor | LogisticNoise | None = None,
+    documents: Documents | None = None,
     interleaved: bool = False,
     scale: float | None = None,
     kernel: str = "auto",
@@ -58,13 +60,13 @@ def dmc_attention(
     Args:
         query, key, value: any strides with 1 in the last dimension, such as views of a fused projection.
         noise: a tensor, or `LogisticNoise`, drawn inside the kernel.
-        kernel: one of `KERNELS`, or "auto" for what `choose_kernel` says.
+        kernel: one of `KERNELS`, or "auto" for what `choose_kernel` says. With documents, "cudnn" is "flash".
 
     Raises:
         ValueError: for arguments that do not fit or a kernel that cannot run; the message names the argument.
     """
     tensor_noise = None if isinstance(noise, LogisticNoise) else noise
-    reference._check(query, key, value, rotary, window, temperature, tensor_noise)
+    reference._check(query, key, value, rotary, window, temperature, tensor_noise, documents)
     if noise is not None and temperature is None:
         raise ValueError("noise belongs to soft decisions: give a temperature as well")
     if kernel == "auto":
@@ -76,21 +78,48 @@ def dmc_attention(
             noise = noise.sample(*key.shape[:3])
         return reference.dmc_attention(
             query, key, value, rotary,
-            window=window, offset=offset, temperature=temperature, noise=noise, interleaved=interleaved, scale=scale,
+            window=window, offset=offset, temperature=temperature, noise=noise, documents=documents,
+            interleaved=interleaved, scale=scale,
         )  # fmt: skip
     check_fused(query, key, value, rotary, noise, kernel)
+    borders, longest = None, 0
+    if documents is not None:
+        key, borders, longest = separate(key, documents.first), documents.borders, documents.longest
+        kernel = "flash" if kernel == "cudnn" else kernel
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not 0 < window <= max_window(query.dtype, query.shape[-1]):
         return _attention_any_window(
-            query, key, value, rotary, window, offset, temperature, noise, interleaved, scale, kernel
+            query, key, value, rotary, window, offset, temperature, noise, interleaved, scale, kernel, borders, longest
         )
     cos, sin = (None, None) if rotary is None else (t.float().contiguous() for t in rotary)
     drawn = noise if isinstance(noise, LogisticNoise) else LogisticNoise(None)
     output, alpha, *_ = torch.ops.megatron_dmc.attention(
         query, key, value, cos, sin, None if tensor_noise is None else tensor_noise.float().contiguous(), drawn.key,
-        drawn.stream, drawn.first_head, window, offset, temperature, interleaved, scale, kernel,
+        drawn.stream, drawn.first_head, borders, longest, window, offset, temperature, interleaved, scale, kernel,
     )  # fmt: skip
     return output, alpha
+
+
+def zero_out_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: Rotary | None,
+    *,
+    last_channel: float,
+    documents: Documents | None = None,
+    interleaved: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """`reference.zero_out_attention`, in memory linear in the length with documents, too, where flash runs."""
+    settings = dict(last_channel=last_channel, interleaved=interleaved, scale=scale)
+    if documents is None or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return reference.zero_out_attention(query, key, value, rotary, documents=documents, **settings)
+    reference._check(query, key, value, rotary, 0, None, None, documents)
+    query, key = (reference.fade_last_channel(x, rotary, last_channel, interleaved) for x in (query, key))
+    rows = map(heads_first, (query, key, value))
+    output, _ = attend("flash", *rows, scale, True, documents.borders, documents.longest)
+    return output.permute(2, 0, 1, 3)
 
 
 def choose_kernel(query: Tensor) -> str:
@@ -195,9 +224,19 @@ _aten = torch.ops.aten
 
 
 def attend(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp. If not `causal`, every query sees every key, of which there may be another number."""
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool = True,
+    borders: Tensor | None = None, longest: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp. If not `causal`, every query sees every key, of which there may be another number.
+
+    `borders` and `longest` are those of `Documents`, which do not see each other.
+    """
+    if kernel == "flash" and borders is not None:
+        rows = (_one_after_the_other(x) for x in (query, key, value))
+        output, lse, *_ = _aten._flash_attention_forward(
+            *rows, borders, borders, longest, longest, 0.0, causal, False, scale=scale
+        )
+        return _as_sequences(output, query), lse.unflatten(1, (len(query), -1)).transpose(0, 1)
     if kernel == "cudnn":
         output, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, causal, False, scale=scale
@@ -205,7 +244,7 @@ def attend(
     elif kernel == "flash":
         output, lse, *_ = _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
     else:
-        scores = _dense_scores(query, key, scale, causal)
+        scores = _dense_scores(query, key, scale, causal, borders)
         lse = scores.logsumexp(-1)
         weights = torch.exp(scores - lse[..., None]).unflatten(1, (key.shape[1], -1))
         output = torch.einsum("bgrij,bgjd->ibgrd", weights, value.float()).flatten(2, 3).to(query.dtype)
@@ -215,11 +254,18 @@ def attend(
 
 def attend_backward(
     kernel: str, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float,
-    causal: bool = True,
+    causal: bool = True, borders: Tensor | None = None, longest: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value; `output` and `lse` may be of more keys than these."""
-    s, n = query.shape[2], key.shape[2]
+    s, n, lse = query.shape[2], key.shape[2], lse.contiguous()
     unused = torch.empty((), dtype=torch.int64, device=query.device)  # dropout's random state
+    if kernel == "flash" and borders is not None:
+        rows = (_one_after_the_other(x) for x in (grad, query, key, value, output))
+        grads = _aten._flash_attention_backward(
+            *rows, lse.transpose(0, 1).flatten(1).contiguous(), borders, borders, longest, longest, 0.0, causal, unused,
+            unused, scale=scale,
+        )  # fmt: skip
+        return tuple(_as_sequences(x, query) for x in grads)
     if kernel == "cudnn":
         return _aten._scaled_dot_product_cudnn_attention_backward(
             grad, query, key, value, output, lse[..., None], unused, unused, None, None, None, s, n, 0.0, causal,
@@ -230,7 +276,7 @@ def attend_backward(
             grad, query, key, value, output, lse, None, None, s, n, 0.0, causal, unused, unused, scale=scale
         )
     grouped = lambda x: x.float().unflatten(1, (key.shape[1], -1))  # noqa: E731
-    weights = torch.exp(_dense_scores(query, key, scale, causal) - lse[..., None])
+    weights = torch.exp(_dense_scores(query, key, scale, causal, borders) - lse[..., None])
     delta = (grad.float() * output.float()).sum(-1, keepdim=True)
     grad_weights = torch.einsum("bgrid,bgjd->bgrij", grouped(grad), value.float()).flatten(1, 2)
     grad_scores = grouped(weights * (grad_weights - delta) * scale)
@@ -242,11 +288,24 @@ def attend_backward(
     return tuple(g.to(query.dtype).contiguous().permute(1, 2, 0, 3) for g in grads)
 
 
-def _dense_scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
+def _one_after_the_other(x: Tensor) -> Tensor:
+    """From sequences `[b, heads, s, d]` to `[b·s, heads, d]`."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _as_sequences(x: Tensor, like: Tensor) -> Tensor:
+    return x.unflatten(0, (len(like), -1)).transpose(1, 2)
+
+
+def _dense_scores(query: Tensor, key: Tensor, scale: float, causal: bool, borders: Tensor | None) -> Tensor:
     scores = torch.einsum("bgrid,bgjd->bgrij", query.float().unflatten(1, (key.shape[1], -1)), key.float())
     scores = scores.flatten(1, 2) * scale
     if not causal:
         return scores
+    if borders is not None:
+        count = torch.arange(query.shape[0] * query.shape[2], dtype=borders.dtype, device=query.device)
+        document = torch.bucketize(count, borders, right=True).view(len(query), 1, -1)
+        scores = scores.masked_fill(document[..., None] != document[:, :, None], -math.inf)
     future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
     return scores.masked_fill(future, -math.inf)
 
@@ -267,19 +326,23 @@ def query_channel(dtype: torch.dtype, scale: float) -> float:
     return torch.tensor(1 / scale, dtype=dtype).item()
 
 
-def _merged_attention(query, key, value, diagonal, scale, bias_per_channel, kernel) -> tuple[Tensor, Tensor]:
-    output, lse = attend(kernel, *map(heads_first, (query, key, value)), scale)
+def _merged_attention(
+    query, key, value, diagonal, borders, longest, scale, bias_per_channel, kernel
+) -> tuple[Tensor, Tensor]:
+    output, lse = attend(kernel, *map(heads_first, (query, key, value)), scale, True, borders, longest)
     output, lse = tokens_first(output), lse.contiguous()
     _kernels.merge_diagonal_(output, lse, diagonal, key, value, bias_per_channel)
     return output, lse
 
 
 def _merged_attention_backward(
-    grad_output, query, key, value, output, lse, diagonal, cos, sin, interleaved, scale, bias_per_channel, kernel
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_output, query, key, value, output, lse, diagonal, cos, sin, borders, longest, interleaved, scale,
+    bias_per_channel, kernel,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of what was given to *prepare*'s rotation: queries, merged keys and values; and of the biases."""
     grad_output = readable(grad_output)
-    grads = attend_backward(kernel, *map(heads_first, (grad_output, query, key, value, output)), lse, scale)
+    rows = map(heads_first, (grad_output, query, key, value, output))
+    grads = attend_backward(kernel, *rows, lse, scale, True, borders, longest)
     grad_query, grad_key, grad_value = map(tokens_first, grads)
     grad_bias = _kernels.merge_diagonal_backward_(
         grad_output, output, lse, diagonal, query, key, value, grad_query, grad_key, grad_value, cos, sin, interleaved,
@@ -306,6 +369,8 @@ def _forward(
     noise_key: Tensor | None,
     noise_stream: int,
     noise_first_head: int,
+    borders: Tensor | None,
+    longest: int,
     window: int,
     offset: float,
     temperature: float | None,
@@ -320,7 +385,7 @@ def _forward(
         readable(query), readable(key), readable(value), cos, sin, noise, noise_key, noise_stream, noise_first_head,
         window, offset, temperature, interleaved, scale, channel,
     )  # fmt: skip
-    output, lse = _merged_attention(query, key, value, diagonal, scale, scale * channel, kernel)
+    output, lse = _merged_attention(query, key, value, diagonal, borders, longest, scale, scale * channel, kernel)
     return output, alpha, query, key, value, lse, diagonal, weight
 
 
@@ -339,6 +404,8 @@ def _backward(
     diagonal: Tensor,
     alpha: Tensor,
     weight: Tensor,
+    borders: Tensor | None,
+    longest: int,
     window: int,
     temperature: float | None,
     interleaved: bool,
@@ -348,8 +415,8 @@ def _backward(
     if grad_output is None:  # only the decisions were used
         grad_output = torch.zeros_like(output)
     grad_query, grad_merged_key, grad_merged_value, grad_bias = _merged_attention_backward(
-        grad_output, attention_query, attention_key, attention_value, output, lse, diagonal, cos, sin, interleaved,
-        scale, scale * query_channel(key.dtype, scale), kernel,
+        grad_output, attention_query, attention_key, attention_value, output, lse, diagonal, cos, sin, borders, longest,
+        interleaved, scale, scale * query_channel(key.dtype, scale), kernel,
     )  # fmt: skip
     grad_key, grad_value = _kernels.prepare_backward_(
         grad_query, grad_merged_key, grad_merged_value, grad_bias, grad_alpha, readable(key), readable(value), alpha,
@@ -379,16 +446,16 @@ def _(grad_output, grad_alpha, key, value, cos, sin, attention_query, *_):
 
 
 def _save(ctx, inputs, output):
-    _, key, value, cos, sin, *_, window, _, temperature, interleaved, scale, kernel = inputs
+    _, key, value, cos, sin, *_, borders, longest, window, _, temperature, interleaved, scale, kernel = inputs
     out, alpha, query_, key_, value_, lse, diagonal, weight = output
-    ctx.save_for_backward(key, value, cos, sin, query_, key_, value_, out, lse, diagonal, alpha, weight)
-    ctx.settings = window, temperature, interleaved, scale, kernel
+    ctx.save_for_backward(key, value, cos, sin, query_, key_, value_, out, lse, diagonal, alpha, weight, borders)
+    ctx.settings = longest, window, temperature, interleaved, scale, kernel
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad_output, grad_alpha, *_):
     grads = torch.ops.megatron_dmc.attention_backward(grad_output, grad_alpha, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *[None] * 12
+    return *grads, *[None] * 14
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)
@@ -420,7 +487,7 @@ def _register_fakes() -> None:
 
 
 def _attention_any_window(
-    query, key, value, rotary, window, offset, temperature, noise, interleaved, scale, kernel
+    query, key, value, rotary, window, offset, temperature, noise, interleaved, scale, kernel, borders, longest
 ) -> tuple[Tensor, Tensor]:
     if isinstance(noise, LogisticNoise):
         noise = noise.sample(*key.shape[:3])
@@ -434,14 +501,17 @@ def _attention_any_window(
 
     # The merge's intermediate sums are many times its inputs: recompute them.
     *prepared, bias, alpha = checkpoint(prepare, query, key, value, use_reentrant=False, preserve_rng_state=False)
-    return _BiasedAttention.apply(*prepared, bias, scale, kernel), alpha
+    return _BiasedAttention.apply(*prepared, bias, borders, longest, scale, kernel), alpha
 
 
 class _BiasedAttention(torch.autograd.Function):
     """Causal attention with a bias per key `[s, b, g]`, but not for a token's own key; last channels must be 0."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, kernel: str) -> Tensor:
+    def forward(
+        ctx, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, borders: Tensor | None, longest: int,
+        scale: float, kernel: str,
+    ) -> Tensor:  # fmt: skip
         channel = query_channel(query.dtype, scale)
         groups = query.float().unflatten(2, (key.shape[2], -1))
         diagonal = (groups * key.float()[:, :, :, None]).sum(-1).flatten(2).permute(1, 2, 0).contiguous() * scale
@@ -452,15 +522,16 @@ class _BiasedAttention(torch.autograd.Function):
         query[..., -1] = channel
         key[..., -1] = (bias / (scale * channel)).clamp(min=-30000.0)
         value = value.contiguous()
-        output, lse = _merged_attention(query, key, value, diagonal, scale, scale * channel, kernel)
-        ctx.save_for_backward(query, key, value, output, lse, diagonal)
-        ctx.settings = scale, scale * channel, kernel
+        output, lse = _merged_attention(query, key, value, diagonal, borders, longest, scale, scale * channel, kernel)
+        ctx.save_for_backward(query, key, value, output, lse, diagonal, borders)
+        ctx.settings = longest, scale, scale * channel, kernel
         return output
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        query, key, value, output, lse, diagonal = ctx.saved_tensors
+        query, key, value, output, lse, diagonal, borders = ctx.saved_tensors
+        longest, *settings = ctx.settings
         grads = _merged_attention_backward(
-            grad_output, query, key, value, output, lse, diagonal, None, None, False, *ctx.settings
+            grad_output, query, key, value, output, lse, diagonal, None, None, borders, longest, False, *settings
         )
-        return *grads, None, None
+        return *grads, None, None, None, None

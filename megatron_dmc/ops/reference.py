@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_dmc.ops.documents import Documents
+
 Rotary = tuple[Tensor, Tensor]
 """`(cos, sin)` of the angle of each of the `d_rot/2` pairs of channels: `[s, d_rot/2]`, or `[s, b, d_rot/2]` where
 positions differ between sequences."""
@@ -35,6 +37,7 @@ def dmc_attention(
     offset: float = 5.0,
     temperature: float | None = None,
     noise: Tensor | None = None,
+    documents: Documents | None = None,
     interleaved: bool = False,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -48,6 +51,7 @@ def dmc_attention(
         offset: the constant `c` that makes an untrained model append every token.
         temperature: of the Gumbel-sigmoid in training; `None` takes hard decisions.
         noise: `[s, b, g]` logistic noise added to the decision logits; needs a temperature.
+        documents: packed into the sequences, each merging and attending as if it were alone; or `None`.
         interleaved: rotary channels pair up as `(0, 1), (2, 3), …` instead of `(i, i + d_rot/2)`.
         scale: of the scores, `1/sqrt(d)` unless given.
 
@@ -58,15 +62,22 @@ def dmc_attention(
     Raises:
         ValueError: for shapes, windows or temperatures that do not fit; the message names the argument.
     """
-    _check(query, key, value, rotary, window, temperature, noise)
-    alpha, keep = decide(key, offset, temperature, noise)
+    _check(query, key, value, rotary, window, temperature, noise, documents)
+    alpha, keep = decide(key, offset, temperature, noise, documents)
     merged_key, merged_value = merge(key, value, importance(query, key.shape[2], offset), alpha, window)
     query, merged_key = (rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
-    output = attend_causally(query, merged_key, merged_value, key_bias(keep), scale)
+    apart = None if documents is None else documents.apart()
+    output = attend_causally(query, merged_key, merged_value, key_bias(keep), scale, apart)
     return output.to(value.dtype), alpha
 
 
-def decide(key: Tensor, offset: float, temperature: float | None, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def decide(
+    key: Tensor,
+    offset: float,
+    temperature: float | None,
+    noise: Tensor | None = None,
+    documents: Documents | None = None,
+) -> tuple[Tensor, Tensor]:
     """The decisions `α_t` and `log(1 - α_t)`, each `[s, b, g]`; hard ones without a temperature."""
     logits = decision_logits(key, offset)
     if temperature is None:
@@ -76,7 +87,9 @@ def decide(key: Tensor, offset: float, temperature: float | None, noise: Tensor 
         logits = logits if noise is None else logits + noise.to(logits.dtype)
         alpha = torch.sigmoid(logits / temperature)
         keep = F.logsigmoid(-logits / temperature)
-    # The first token has nothing to merge into.
+    # The first token, of each document, has nothing to merge into.
+    if documents is not None:
+        alpha, keep = (x.masked_fill(documents.first[..., None], 0.0) for x in (alpha, keep))
     return torch.cat([torch.zeros_like(alpha[:1]), alpha[1:]]), keep
 
 
@@ -85,15 +98,19 @@ def key_bias(keep: Tensor) -> Tensor:
     return torch.cat([keep[1:], torch.zeros_like(keep[:1])])
 
 
-def attend_causally(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None) -> Tensor:
-    """A query sees its own entry as it stands, and earlier ones with their `key_bias`.
+def attend_causally(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None, apart: Tensor | None = None
+) -> Tensor:
+    """A query sees its own entry as it stands, and earlier ones with their `key_bias`, but none that is `apart`.
 
-    `key, value` `[n, b, g, d]` and `bias` `[n, b, g]` are of `n` tokens, `query` `[s, b, h, d]` of the last `s`.
+    `key, value` `[n, b, g, d]` and `bias` `[n, b, g]` are of `n` tokens, `query` `[s, b, h, d]` of the last `s`;
+    `apart` is bool `[b, s, n]`.
     """
     n, s = key.shape[0], query.shape[0]
     ones = torch.ones(s, n, dtype=torch.bool, device=query.device)
     own, future = ones.triu(n - s) & ones.tril(n - s), ones.triu(n - s + 1)
-    return _attend(query, key, value, _per_query(bias).masked_fill(own, 0.0).masked_fill(future, -math.inf), scale)
+    unseen = future if apart is None else future | apart[:, None, None]
+    return _attend(query, key, value, _per_query(bias).masked_fill(own, 0.0).masked_fill(unseen, -math.inf), scale)
 
 
 def decision_logits(key: Tensor, offset: float) -> Tensor:
@@ -309,6 +326,7 @@ def zero_out_attention(
     rotary: Rotary | None,
     *,
     last_channel: float,
+    documents: Documents | None = None,
     interleaved: bool = False,
     scale: float | None = None,
 ) -> Tensor:
@@ -317,10 +335,13 @@ def zero_out_attention(
     The channel is multiplied by `last_channel` before and again after the rotation, which mixes it with its partner.
     Shapes as for `dmc_attention`; at 1 this is the original model's attention.
     """
-    _check(query, key, value, rotary, 0, None, None)
+    _check(query, key, value, rotary, 0, None, None, documents)
     query, key = (fade_last_channel(x, rotary, last_channel, interleaved) for x in (query, key))
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    mask = None if documents is None else (~documents.apart()).tril()[:, None]
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
     return output.permute(2, 0, 1, 3)
 
 
@@ -335,7 +356,7 @@ def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _check(query, key, value, rotary, window, temperature, noise) -> None:
+def _check(query, key, value, rotary, window, temperature, noise, documents=None) -> None:
     if query.dim() != 4 or key.dim() != 4:
         raise ValueError(
             f"query and key must be [tokens, sequences, heads, channels]; got {tuple(query.shape)}, {tuple(key.shape)}"
@@ -358,6 +379,10 @@ def _check(query, key, value, rotary, window, temperature, noise) -> None:
     if noise is not None and noise.shape != key.shape[:3]:
         raise ValueError(
             f"noise must be [tokens, sequences, KV heads] = {tuple(key.shape[:3])}; got {tuple(noise.shape)}"
+        )
+    if documents is not None and documents.first.shape != key.shape[:2]:
+        raise ValueError(
+            f"documents must be of [tokens, sequences] = {tuple(key.shape[:2])}; got {tuple(documents.first.shape)}"
         )
     if rotary is not None:
         for name, table in zip(("cos", "sin"), rotary, strict=True):

@@ -1,0 +1,111 @@
+"""Training on packed documents, which Megatron marks in two ways, in one process and in parallel layouts."""
+
+import numpy
+import pytest
+import torch
+from runs import DESCENT, MODEL, STEPS, UNDECIDED, assert_same_training, launcher, python, train, weights
+
+from megatron_dmc.config import DMCError
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+RETROFIT = ["--dmc-stage", "finetune", "--dmc-cr", "4", "--dmc-window-size", "5", "--dmc-no-noise", "--finetune"]
+RETROFIT += UNDECIDED
+BORDERS = ["--dataloader-inter-document-masking"]
+MASKS = ["--reset-attention-mask"]
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory):
+    """Flags for data of documents of 1 to 15 tokens, the last of each the one that ends documents."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path_factory.mktemp("data") / "short"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(200):
+        length = int(torch.randint(0, 15, (1,), generator=generator))
+        tokens = torch.randint(0, 62, (length,), generator=generator).tolist() + [END]
+        builder.add_document(torch.tensor(tokens, dtype=torch.int32), [len(tokens)])
+    builder.finalize(f"{prefix}.idx")
+    return ["--data-path", prefix, "--split", "100,0,0", "--data-cache-path", prefix.parent / "cache"]
+
+
+END = 62
+
+
+@pytest.fixture(scope="module")
+def trained(base, short_documents, tmp_path_factory):
+    """A function that trains with some flags more: the run and its weights."""
+
+    def run(*flags, processes=1):
+        folder = tmp_path_factory.mktemp("packed")
+        saved = ["--load", base, "--save", folder, "--save-interval", STEPS]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("runs.MODEL", [flag for flag in MODEL if flag != "--mock-data"])
+            return train(*DESCENT, *RETROFIT, *short_documents, *saved, *flags, processes=processes), weights(folder)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(trained):
+    return trained(*BORDERS)
+
+
+def test_documents_are_kept_apart(trained, alone):
+    """Both of Megatron's ways mean the same, and something other than none."""
+    assert_same_training(*trained(*MASKS), alone)
+    mixed, _ = trained()
+    assert mixed.values("lm loss") != pytest.approx(alone[0].values("lm loss"), rel=1e-3)
+
+
+LAYOUTS = {
+    "borders, gathered context": (2, [*BORDERS, *"--context-parallel-size 2 --cp-comm-type all_gather".split()]),
+    "borders, four stages": (4, [*BORDERS, *"--pipeline-model-parallel-size 4 --micro-batch-size 1".split()]),
+    "masks, exchanged context": (2, [*MASKS, *"--context-parallel-size 2 --cp-comm-type a2a".split()]),
+    "masks, two stages of two": (
+        4, [*MASKS, *"--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2".split()],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_train_alike(trained, alone, layout):
+    processes, flags = LAYOUTS[layout]
+    assert_same_training(*trained(*flags, processes=processes), alone)
+
+
+def test_what_would_mix_documents_is_refused():
+    from types import SimpleNamespace
+
+    from megatron_dmc.megatron_hooks import _check_arguments
+
+    fine = dict(
+        reset_attention_mask=False, create_attention_mask_in_dataloader=True, dataloader_inter_document_masking=False,
+        sft=False, hybrid_context_parallel=False, pipeline_model_parallel_size=1, context_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None, micro_batch_size=2,
+    )  # fmt: skip
+    _check_arguments(SimpleNamespace(**fine))
+    masks, borders = dict(reset_attention_mask=True), dict(dataloader_inter_document_masking=True)
+    for flags, message in (
+        (masks | dict(create_attention_mask_in_dataloader=False), "needs the data loader's masks"),
+        (masks | dict(pipeline_model_parallel_size=3), "of 3 pipeline stages, 1 chunks each"),
+        (
+            masks | dict(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+            "of 2 pipeline stages, 2 chunks each",
+        ),
+        (borders | dict(pipeline_model_parallel_size=2), "use --micro-batch-size 1"),
+        (dict(sft=True, context_parallel_size=2), "--sft: with context parallelism"),
+        (dict(hybrid_context_parallel=True), "--hybrid-context-parallel"),
+    ):
+        with pytest.raises(DMCError, match=message):
+            _check_arguments(SimpleNamespace(**fine | flags))
+
+
+def test_refusals_end_a_run():
+    run = python(
+        *launcher(1), "-m", "megatron_dmc", "train", *MODEL, *RETROFIT, *MASKS, "--train-iters", 1,
+        "--no-create-attention-mask-in-dataloader",
+    )  # fmt: skip
+    assert run.code != 0 and "--reset-attention-mask needs the data loader's masks" in run.output
