@@ -20,8 +20,6 @@ import functools
 import json
 import os
 import re
-import statistics
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -29,7 +27,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.training_step import COMMON, DMC, PEAK, SHAPES, STEP  # noqa: E402
+from benchmarks import training_step  # noqa: E402
+from benchmarks.training_step import DMC, SHAPES  # noqa: E402
 
 MICRO_BATCHES = 4
 """For each GPU in a step."""
@@ -85,46 +84,24 @@ def count_bytes() -> Counter:
 def worker(flags: list[str]) -> None:
     """One rank of a run, in this process."""
     sent = count_bytes()
-    import torch
-
-    from megatron_dmc.commands import train
-
-    sys.argv = ["megatron-dmc train", *flags]
     try:
-        train.main()
+        training_step.worker(flags)
     finally:
         if os.environ.get("RANK", "0") == "0":
             print(f"sent bytes: {json.dumps(sent)}", flush=True)
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.device_count() else 0
-        print(f"peak bytes: {peak}", flush=True)
 
 
 def run(gpus: int, shape: list[str], flags: list[str], iterations: int) -> dict:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", gpus] if gpus > 1 else []
-    batch = ["--global-batch-size", MICRO_BATCHES * gpus, "--train-iters", iterations]
-    command = [sys.executable, *launch, __file__, "--worker", *COMMON, *shape, *batch, *flags]
-    environment = os.environ | dict(PYTHONWARNINGS="ignore", CUDA_DEVICE_MAX_CONNECTIONS="1", PYTHONUNBUFFERED="1")
-    done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, capture_output=True, text=True)
-    steps = {int(n): (float(ms), rest) for n, ms, rest in STEP.findall(done.stdout)}
-    if done.returncode or len(steps) < iterations:
-        print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
-        raise RuntimeError(f"exit code {done.returncode} after {len(steps)} steps; its output was printed")
-    times = [steps[n][0] for n in sorted(steps)][max(4, iterations // 3) :]
-    ratio = re.search(r"\| compression ratio: ([0-9.E+-]+)", steps[max(steps)][1])
-    kernel = re.search(r"DMC attention runs on: (\w+)", done.stdout)
+    batch = ["--global-batch-size", MICRO_BATCHES * gpus]
+    found, output = training_step.run(__file__, [*shape, *batch, *flags], iterations, gpus)
     length = int(shape[shape.index("--seq-length") + 1])
     micro_batch = int(shape[shape.index("--micro-batch-size") + 1])
-    ms = statistics.median(times)
     return dict(
-        ms=ms,
-        spread=[min(times), max(times)],
-        tokens_per_s_per_gpu=length * micro_batch * MICRO_BATCHES / ms * 1e3,
-        peak_gib=max(map(int, PEAK.findall(done.stdout))) / 2**30,
+        found,
+        tokens_per_s_per_gpu=length * micro_batch * MICRO_BATCHES / found["ms"] * 1e3,
         sent_mib={
-            name: count / iterations / 2**20 for name, count in json.loads(SENT.search(done.stdout)[1]).items() if count
+            name: count / iterations / 2**20 for name, count in json.loads(SENT.search(output)[1]).items() if count
         },
-        ratio=float(ratio[1]) if ratio else None,
-        kernel=kernel[1] if kernel else None,
     )
 
 

@@ -42,7 +42,7 @@ PEAK = re.compile(r"peak bytes: (\d+)")
 
 
 def worker(flags: list[str]) -> None:
-    """One run, in this process."""
+    """One rank of a run, in this process."""
     import torch
 
     from megatron_dmc.commands import train
@@ -51,27 +51,35 @@ def worker(flags: list[str]) -> None:
     try:
         train.main()
     finally:
-        print(f"peak bytes: {torch.cuda.max_memory_allocated()}", flush=True)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.device_count() else 0
+        print(f"peak bytes: {peak}", flush=True)
 
 
-def run(shape: str, flags: list[str], layers: int, iterations: int) -> dict:
-    command = [sys.executable, __file__, "--worker", *COMMON, *SHAPES[shape], "--num-layers", layers]
-    command = [*map(str, command), "--train-iters", str(iterations), *flags]
+def run(script: str, flags: list, iterations: int, gpus: int = 1) -> tuple[dict, str]:
+    """Train with these flags more, in processes of its own that `script --worker` runs.
+
+    Returns:
+        Times of a step in ms (median and range of the last two thirds), peak memory in GiB, what DMC reports, if it
+        runs; and the output.
+    """
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", gpus] if gpus > 1 else []
+    command = [sys.executable, *launch, script, "--worker", *COMMON, *flags, "--train-iters", iterations]
     environment = os.environ | dict(PYTHONWARNINGS="ignore", CUDA_DEVICE_MAX_CONNECTIONS="1", PYTHONUNBUFFERED="1")
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, capture_output=True, text=True)
     steps = {int(n): (float(ms), rest) for n, ms, rest in STEP.findall(done.stdout)}
     if done.returncode or len(steps) < iterations:
-        raise SystemExit(f"{' '.join(command[2:])} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        print(done.stdout[-2000:], done.stderr[-4000:], sep="\n", file=sys.stderr)
+        raise RuntimeError(f"exit code {done.returncode} after {len(steps)} steps; its output was printed")
     times = [steps[n][0] for n in sorted(steps)][max(4, iterations // 3) :]
     ratio = re.search(r"\| compression ratio: ([0-9.E+-]+)", steps[max(steps)][1])
     kernel = re.search(r"DMC attention runs on: (\w+)", done.stdout)
     return dict(
         ms=statistics.median(times),
         spread=[min(times), max(times)],
-        peak_gib=int(PEAK.search(done.stdout)[1]) / 2**30,
+        peak_gib=max(map(int, PEAK.findall(done.stdout))) / 2**30,
         ratio=float(ratio[1]) if ratio else None,
         kernel=kernel[1] if kernel else None,
-    )
+    ), done.stdout
 
 
 def main() -> None:
@@ -89,7 +97,8 @@ def main() -> None:
     for shape in args.shape or SHAPES:
         cases = {}
         for name, flags in (("vanilla", []), ("dmc", DMC), ("vanilla again", [])):
-            cases[name] = run(shape, flags, args.layers, args.iterations)
+            model = [*SHAPES[shape], "--num-layers", args.layers]
+            cases[name], _ = run(__file__, [*model, *flags], args.iterations)
             print(shape, name, cases[name], flush=True)
         vanilla = statistics.mean(cases[name]["ms"] for name in ("vanilla", "vanilla again"))
         result["shapes"][shape] = cases

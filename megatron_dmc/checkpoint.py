@@ -112,6 +112,10 @@ def load(
     args = dist_checkpointing.load_common_state_dict(str(path)).get("args")
     if args is None:
         raise DMCError(f"{path} holds no arguments to build the model from")
+    if (pattern := getattr(args, "hybrid_layer_pattern", None)) is not None:
+        raise DMCError(
+            f"{path} is of a hybrid model ({pattern}): DMC trains those, and does not generate from them yet"
+        )
     dmc = DMCConfig.from_args(args)
     if need_dmc and not dmc.merges:
         stage = f"only been through stage {dmc.dmc_stage}" if dmc.dmc_stage else "not been trained with DMC"

@@ -1,10 +1,14 @@
 """`HybridModel` with DMC's layers: the same training as `GPTModel`'s, and what it refuses."""
 
 import copy
+import math
+from importlib.util import find_spec
 
 import pytest
 import torch
+from runs import MODEL, python
 from test_layer import BATCH, SEQ, config, gpt
+from test_layouts_on_gpus import RETROFIT, SHAPE
 
 from megatron_dmc.config import DMCConfig, DMCError
 
@@ -110,3 +114,31 @@ def test_refusals(stack, monkeypatch):
     monkeypatch.setattr("megatron.training.global_vars._GLOBAL_ARGS", None)
     with pytest.raises(DMCError, match="needs the whole model's layer pattern"):
         DMCHybridStack(config(), stack.submodules)
+
+
+HYBRID = [*SHAPE, "--hybrid-layer-pattern", "*-*-", *RETROFIT[:-1], "4"]
+
+
+@pytest.mark.gpu
+def test_hybrid_models(tmp_path):
+    """Megatron's own stack of Transformer Engine's modules, by flags and by `--spec`."""
+    pytest.importorskip("transformer_engine")
+    model = [f for i, f in enumerate(MODEL) if "--num-layers" not in (f, MODEL[i - 1])]
+    flags = [f for f in HYBRID if f != "--finetune"]
+    run = python("-m", "megatron_dmc", "train", *model, *flags)
+    assert run.code == 0, run.output[-6000:]
+    assert all(map(math.isfinite, run.values("lm loss"))) and max(run.values("compression ratio")) > 1.1
+
+    settings = tmp_path / "dmc.yaml"
+    settings.write_text("dmc_stage: retrofit\ndmc_cr: 4\ndmc_init_val: 0.3\ndmc_temp: 0.3\n")
+    plain = [f for i, f in enumerate(flags) if not f.startswith("--dmc") and not flags[i - 1].startswith("--dmc")]
+    spec = ["--spec", "megatron_dmc.hybrid", "dmc_stack_spec"]
+    by_spec = python("-m", "megatron_dmc", "train", *model, *plain, *spec, DMC_CONFIG=str(settings))
+    assert by_spec.code == 0, by_spec.output[-6000:]
+    assert by_spec.values("lm loss") == pytest.approx(run.values("lm loss"), rel=1e-2)
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is not None, reason="Transformer Engine is installed")
+def test_hybrid_models_need_transformer_engine():
+    run = python("-m", "megatron_dmc", "train", *MODEL, "--hybrid-layer-pattern", "*-*-", "--train-iters", 1)
+    assert run.code != 0 and "Megatron's hybrid models are made of Transformer Engine; install it" in run.output

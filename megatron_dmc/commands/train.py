@@ -1,6 +1,7 @@
-"""`megatron-dmc train`: Megatron's own pretraining of GPT models, with a DMC stage where one is asked for.
+"""`megatron-dmc train`: Megatron's own pretraining of GPT and hybrid models, with a DMC stage where one is asked for.
 
-The data and loss functions are what Megatron's `pretrain_gpt.py` has, which its wheel does not bring.
+The data and loss functions are what Megatron's `pretrain_gpt.py` and `pretrain_hybrid.py` have, which its wheel does
+not bring.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -38,7 +40,11 @@ def main() -> None:
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_dmc.megatron_hooks import keep_compiled_helpers
@@ -49,13 +55,21 @@ def main() -> None:
     if args.sft:
         raise DMCError("--sft needs the data sets of Megatron's own pretrain_gpt.py: run that with --spec")
     _check_checkpoint_exists(args)
-    model = gpt_config_from_args(args)
+    hybrid = args.hybrid_layer_pattern is not None
+    if hybrid and find_spec("transformer_engine") is None:
+        raise DMCError("--hybrid-layer-pattern: Megatron's hybrid models are made of Transformer Engine; install it")
+    model = (hybrid_config_from_args if hybrid else gpt_config_from_args)(args)
     if dmc.dmc_stage is not None:
         if args.spec is not None:
             raise DMCError("--spec and --dmc-stage both name the layers: leave one of them out")
-        from megatron_dmc.spec import dmc_layer_spec
+        if hybrid:
+            from megatron_dmc.hybrid import dmc_stack
 
-        model.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
+            model.hybrid_stack_spec = dmc_stack(args.hybrid_layer_pattern, dmc=dmc)
+        else:
+            from megatron_dmc.spec import dmc_layer_spec
+
+            model.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
     _datasets.is_distributed = True
     try:
         pretrain(pretrain_cfg_container_from_args(args, model), _datasets, ModelType.encoder_or_decoder, _forward_step)

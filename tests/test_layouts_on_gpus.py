@@ -1,0 +1,105 @@
+"""Twenty retrofit steps and one step's gradients in each layout of two GPUs, over NCCL: Transformer Engine, bfloat16.
+
+The float32 tests on CPUs (`test_layouts.py`, `test_context_layouts.py`) have tight bounds. Here ranks round partial
+sums to 8 bits and decisions near their threshold fall the other way, so bounds are what bfloat16 leaves; a missing or
+doubled term is far beyond them.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import GPUS
+from runs import MODEL, launcher, python
+
+two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+
+SHAPE = """--transformer-impl transformer_engine --bf16 --hidden-size 256 --num-attention-heads 4 --seq-length 512
+    --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 4 --init-method-std 0.05""".split()
+RETROFIT = """--dmc-stage retrofit --dmc-cr 4 --dmc-init-val 0.3 --dmc-temp 0.3 --finetune --lr 1e-3
+    --train-iters 20""".split()
+QUIET = ["--dmc-no-noise"]
+FP8 = ["--fp8-format", "hybrid"]
+TENSOR = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+CONTEXT = ["--context-parallel-size", "2", "--cp-comm-type"]
+PIPELINE = ["--pipeline-model-parallel-size", "2"]
+SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+PACKED = ["--dataloader-inter-document-masking"]
+
+RUNS = {  # processes, flags
+    "one GPU": (1, []),
+    "one GPU again": (1, []),
+    "one GPU without noise": (1, QUIET),
+    "one GPU, fp8": (1, FP8),
+    "TP-SP": (2, TENSOR),
+    "TP-SP, fp8": (2, [*TENSOR, *FP8]),
+    "PP": (2, PIPELINE),
+    "CP-a2a": (2, [*CONTEXT, "a2a"]),
+    "CP-all_gather": (2, [*CONTEXT, "all_gather"]),
+    "DP without noise": (2, QUIET),  # data-parallel ranks draw different noise
+    "DP sharded without noise": (2, [*QUIET, *SHARDED]),
+    "one GPU, packed": (1, PACKED),
+    "CP-a2a, packed": (2, [*CONTEXT, "a2a", *PACKED]),
+    "CP-all_gather, packed": (2, [*CONTEXT, "all_gather", *PACKED]),
+}
+ALIKE = {  # each with what it should equal, and whether gradients are compared
+    "one GPU again": ("one GPU", True),  # what atomics alone change
+    "TP-SP": ("one GPU", True),
+    "PP": ("one GPU", True),
+    "CP-a2a": ("one GPU", True),
+    "CP-all_gather": ("one GPU", True),
+    "DP without noise": ("one GPU without noise", True),
+    "DP sharded without noise": ("one GPU without noise", False),  # every rank has a shard of the sums
+    "TP-SP, fp8": ("one GPU, fp8", False),  # scaling factors differ
+    "CP-a2a, packed": ("one GPU, packed", True),
+    "CP-all_gather, packed": ("one GPU, packed", True),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All of them, side by side: most of their time is start-up."""
+    folder = tmp_path_factory.mktemp("layouts")
+    base = python("-m", "megatron_dmc", "train", *MODEL, *SHAPE, "--train-iters", 1, "--save", folder / "base",
+                  "--save-interval", 1)  # fmt: skip
+    assert base.code == 0, base.output[-6000:]
+
+    def run(name):
+        processes, flags = RUNS[name]
+        return python(
+            *launcher(processes), "tests/train_and_keep_gradients.py", folder / name, *MODEL, *SHAPE, *RETROFIT,
+            "--load", folder / "base", *flags, CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0",
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(7) as pool:
+        return folder, dict(zip(RUNS, pool.map(run, RUNS), strict=True))
+
+
+def gradients(folder):
+    from megatron.core import dist_checkpointing
+
+    found = dist_checkpointing.load_plain_tensors(str(folder))
+    return {name: t.double() for name, t in found.items() if name.startswith(("decoder", "embedding", "output_layer"))}
+
+
+@two_gpus
+@pytest.mark.parametrize("name", ALIKE)
+def test_layouts_on_gpus(runs, megatron, name):
+    (folder, found), (other, with_gradients) = runs, ALIKE[name]
+    run, expected = found[name], found[other]
+    for one in (run, expected):
+        assert one.code == 0, one.output[-6000:]
+        assert len(one.steps) == 20
+    assert max(expected.values("compression ratio")) > 1.3
+    for value, bound in (("lm loss", 0.01), ("compression ratio", 0.03)):
+        errors = [abs(a / b - 1) for a, b in zip(run.values(value), expected.values(value), strict=True)]
+        print(name, value, "differs by at most", max(errors))
+        assert max(errors) < bound, (value, run.values(value), expected.values(value))
+    if not with_gradients:
+        return
+    ours, theirs = gradients(folder / name), gradients(folder / other)
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    errors = {n: ((ours[n] - g).norm() / g.norm()).item() for n, g in theirs.items()}
+    print(name, "gradients differ by", {n: round(e, 5) for n, e in errors.items()})
+    assert all(g.norm() > 0 for g in theirs.values())
+    assert max(errors.values()) < 0.1 and not any(map(math.isnan, errors.values())), errors
