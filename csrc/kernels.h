@@ -46,6 +46,9 @@ struct Prepare {
   const int64_t* noise_key;  // one number that keys the counter-based noise, or null
   uint32_t noise_stream;
   int noise_first_head;
+  // Where the tokens are in longer sequences of which these are parts, for the noise: `noise_sequences` parts that begin
+  // with noise_first_token, then as many that begin noise_stride tokens later, and so on.
+  int noise_first_token, noise_stride, noise_sequences;
   int window;
   float offset;
   float temperature;  // 0: hard decisions

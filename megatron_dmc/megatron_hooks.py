@@ -1,6 +1,6 @@
 """Every place where DMC reaches into Megatron's training loop. Checked against megatron-core 0.19.2.
 
-The loop has no callback for a step's begin and end, so `install` wraps four functions of `megatron.training`:
+The loop has no callback for a step's begin and end, so `install` wraps functions of `megatron.training`:
 
 - `train_step`: the schedule before a step; after it the reduction of decisions, the log line, and at the end of the
   stage `zero-out` the zeroed query rows. Every rank comes here once per step, whatever layers it holds. (Reducing
@@ -8,6 +8,7 @@ The loop has no callback for a step's begin and end, so `install` wraps four fun
 - `evaluate`: the schedule, for a run that only evaluates.
 - `save_checkpoint`, `check_checkpoint_args`: the share of merged tokens, on which the next step's loss depends,
   travels with the arguments that Megatron saves.
+- `read_metadata`: a run goes on from the latest checkpoint that is whole (`megatron_dmc.resume`).
 
 A loop of one's own calls `Compression.begin_step` and `end_step` instead.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 from megatron_dmc.compression import Compression, StepReport
 from megatron_dmc.config import DMCError
+from megatron_dmc.resume import checkpoint_to_resume
 
 MERGE_RATE = "dmc_merge_rate"
 """Name under which `Compression.merge_rate` is saved among the arguments."""
@@ -64,6 +66,7 @@ def install(compression: Compression) -> None:
     _wrap(training, "evaluate", _evaluate)
     _wrap(training, "save_checkpoint", _save_checkpoint)
     _wrap(checkpointing, "check_checkpoint_args", _check_checkpoint_args)
+    _wrap(checkpointing, "read_metadata", _read_metadata)
 
 
 def _check_arguments(args: Any) -> None:
@@ -208,6 +211,39 @@ def _save_checkpoint(original, iteration, model, *args, **kwargs):
 
         setattr(get_args(), MERGE_RATE, float(compression.merge_rate))
     return original(iteration, model, *args, **kwargs)
+
+
+def _read_metadata(original, tracker: str):
+    """Which iteration to load. A stage does not begin (`--finetune`) from another checkpoint than the one named."""
+    import torch
+    from megatron.training.global_vars import get_args
+    from megatron.training.utils import print_rank_0
+
+    args, path = get_args(), Path(tracker)
+    if args.ckpt_format != "torch_dist" or path.read_text().strip() == "release" or args.ckpt_step is not None:
+        return original(tracker)
+    found: list = [None]
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        try:
+            found = [checkpoint_to_resume(path.parent)]
+        except DMCError as error:
+            found = [error]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(found)
+    if isinstance(found[0], DMCError):
+        raise found[0]
+    iteration, problems = found[0]
+    if not problems:
+        return original(tracker)
+    if args.finetune:
+        raise DMCError(
+            f"the checkpoint to begin the stage from is not whole: {'; '.join(problems)}. To begin from the one "
+            f"before, add --ckpt-step {iteration}"
+        )
+    print_rank_0(
+        f"WARNING: going on from iteration {iteration}, the latest checkpoint that is whole: {'; '.join(problems)}"
+    )
+    return iteration, False
 
 
 def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):

@@ -2,11 +2,14 @@
 
 import math
 import os
+import shutil
 
 import pytest
 import torch
 from conftest import HAVE_GPU
 from runs import DESCENT, MODEL, STAGE, STEPS, UNDECIDED, dmc, python, train, train_until_killed, weights
+
+from megatron_dmc.resume import damage
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -91,6 +94,41 @@ def test_killed_and_resumed_is_never_stopped(base, tmp_path, moment):
     expected = weights(tmp_path / "whole")
     for name, weight in weights(tmp_path / "cut").items():
         torch.testing.assert_close(weight, expected[name], **allowed)
+
+
+def test_checkpoints_cut_off_are_passed_over(base, tmp_path):
+    """A run goes on from the one before, and says so; a stage does not begin from another than the one named."""
+    flags = ["--dmc-stage", "retrofit", "--dmc-cr", 4, *UNDECIDED, "--train-iters", 6, "--save-interval", 2]
+    whole = train(*flags, "--load", base, "--finetune", "--save", tmp_path)
+    tracker = tmp_path / "latest_checkpointed_iteration.txt"
+    tracker.write_text("4")
+    shutil.rmtree(tmp_path / "iter_0000006")
+    assert damage(tmp_path / "iter_0000004") is None
+    largest = max((tmp_path / "iter_0000004").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+    command = ["-m", "megatron_dmc", "train", *MODEL, *flags, "--load", tmp_path]
+    run = python(*command, "--finetune")
+    assert run.code != 0 and f"{largest.name} has" in run.output and "add --ckpt-step 2" in run.output
+    for text, about in (("4", f"{largest.name} has"), ("", "latest_checkpointed_iteration.txt holds ''")):
+        tracker.write_text(text)
+        run = python(*command)
+        assert run.code == 0 and sorted(run.steps) == [3, 4, 5, 6], run.output[-6000:]
+        assert "WARNING: going on from iteration 2, the latest checkpoint that is whole" in run.output
+        assert about in run.output
+        assert run.steps[6]["lm loss"] == pytest.approx(whole.steps[6]["lm loss"], rel=1e-3 if HAVE_GPU else 0, abs=0)
+    older = tmp_path / "iter_0000002"
+    (older / "common.pt").write_bytes(b"PK")
+    assert damage(older) == "common.pt is cut off"
+    (older / "common.pt").unlink()
+    for name in ("metadata.json", ".metadata"):
+        kept = (older / name).read_bytes()
+        os.truncate(older / name, len(kept) // 2)
+        assert damage(older) is not None, name
+        if name != ".metadata":
+            (older / name).write_bytes(kept)
+    run = python(*command)
+    assert run.code != 0 and f"no checkpoint in {tmp_path} is whole" in run.output
 
 
 def test_resuming_takes_up_the_merge_rate(base, tmp_path):

@@ -82,9 +82,9 @@ def dmc_attention_of_chunks(
 
     if rotary is not None:
         rotary = tuple(here(t[:, None].expand(-1, b, -1) if t.dim() == 2 else t) for t in rotary)
-    if isinstance(noise, LogisticNoise):
+    if isinstance(noise, LogisticNoise) and kernel == "reference":
         noise = noise.sample(tokens * group.size(), b, key.shape[3])
-    noise = None if noise is None else here(noise)
+    noise = here(noise) if isinstance(noise, Tensor) else noise
     query, key, value = (x.flatten(1, 2) for x in (query, key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if kernel == "reference":
@@ -98,7 +98,7 @@ def dmc_attention_of_chunks(
             most = fused.max_window(query.dtype, query.shape[-1])
             raise ValueError(f"with all_gather, window must be at most {most} for the fused kernels; got {window}")
         cos, sin = (None, None) if rotary is None else (t.float().contiguous() for t in rotary)
-        noise = None if noise is None else noise.float().contiguous()
+        noise = noise.float().contiguous() if isinstance(noise, Tensor) else noise
         output, alpha = _Fused.apply(
             query, key, value, cos, sin, noise, group, documents, within, window, offset, temperature, interleaved,
             scale, kernel,
@@ -178,11 +178,14 @@ class _Fused(torch.autograd.Function):
         packing = (None, 0) if within is None else (within.borders, within.longest)
         channel = fused.query_channel(query.dtype, scale)
         key, value = map(fused.readable, (key, value))
-        *rows, diagonal, alpha, weight = fused._kernels.prepare(
-            fused.readable(query), key, value, cos, sin, noise, None, 0, 0, window, offset, temperature, interleaved,
-            scale, channel,
-        )  # fmt: skip
         own = slice(window, -1)
+        drawn = noise if isinstance(noise, LogisticNoise) else LogisticNoise(None)
+        chunk, (one, other) = len(query) - window - 1, own_chunks(group)
+        *rows, diagonal, alpha, weight = fused._kernels.prepare(
+            fused.readable(query), key, value, cos, sin, None if drawn is noise else noise, drawn.key, drawn.stream,
+            drawn.first_head, window, offset, temperature, interleaved, scale, channel,
+            one * chunk - window, (other - one) * chunk, query.shape[1] // 2,
+        )  # fmt: skip
         query, own_key, own_value = (x[own] for x in rows)
         diagonal = diagonal[:, :, own].contiguous()
         rows = map(fused.heads_first, (query, own_key, own_value))

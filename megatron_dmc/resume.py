@@ -1,0 +1,62 @@
+"""Which checkpoint a run goes on from: the latest one that is whole.
+
+Megatron names a checkpoint in `latest_checkpointed_iteration.txt` once all its files are written, so a process that is
+killed within a save leaves the one before in place. A machine that loses power, or a file system that is full or
+unreachable, can still leave files cut off behind a name. Those are recognised by what they say of their own lengths.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from megatron_dmc.config import DMCError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def damage(folder: Path) -> str | None:
+    """What shows that a checkpoint (`iter_…`, Megatron's format `torch_dist`) is not whole, or `None`."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    if not folder.is_dir():
+        return "it does not exist"
+    try:
+        json.loads((folder / "metadata.json").read_text())
+        if (common := folder / "common.pt").exists() and not zipfile.is_zipfile(common):  # before Megatron 0.19
+            return "common.pt is cut off"
+        ends: dict[str, int] = {}
+        for place in FileSystemReader(folder).read_metadata().storage_data.values():
+            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+        for name, end in ends.items():
+            if (have := (folder / name).stat().st_size) < end:
+                return f"{name} has {have} of {end} bytes"
+    except Exception as error:  # whatever unreadable files make of the readers
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def checkpoint_to_resume(load: Path) -> tuple[int, list[str]]:
+    """The iteration to go on from, and what is wrong with later ones that were passed over.
+
+    Args:
+        load: the folder that `--save` named.
+
+    Raises:
+        DMCError: where none is whole.
+    """
+    text = (load / TRACKER).read_text().strip()
+    saved = {int(path.name[5:]): path for path in load.glob("iter_*") if path.name[5:].isdigit()}
+    problems = []
+    if text.isdigit():
+        latest = int(text)
+        saved.setdefault(latest, load / f"iter_{latest:07d}")
+    else:
+        problems.append(f"{load / TRACKER} holds {text!r}")
+        latest = max(saved, default=0)
+    for iteration in sorted((i for i in saved if i <= latest), reverse=True):
+        if (problem := damage(saved[iteration])) is None:
+            return iteration, problems
+        problems.append(f"{saved[iteration]}: {problem}")
+    raise DMCError(f"no checkpoint in {load} is whole: {'; '.join(problems)}. Begin anew, or give another --load")
