@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -82,10 +81,7 @@ def launcher(processes):
         return []
     if HAVE_GPU and processes > GPUS:
         pytest.skip(f"needs {processes} GPUs, there is {GPUS}")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port]
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
 
 
 def train(*flags, processes=1) -> Run:

@@ -28,7 +28,6 @@ PACKED = ["--dataloader-inter-document-masking"]
 
 RUNS = {  # processes, flags
     "one GPU": (1, []),
-    "one GPU again": (1, []),
     "one GPU without noise": (1, QUIET),
     "one GPU, fp8": (1, FP8),
     "TP-SP": (2, TENSOR),
@@ -43,7 +42,6 @@ RUNS = {  # processes, flags
     "CP-all_gather, packed": (2, [*CONTEXT, "all_gather", *PACKED]),
 }
 ALIKE = {  # each with what it should equal, and whether gradients are compared
-    "one GPU again": ("one GPU", True),  # what atomics alone change
     "TP-SP": ("one GPU", True),
     "PP": ("one GPU", True),
     "CP-a2a": ("one GPU", True),
@@ -71,7 +69,7 @@ def runs(tmp_path_factory):
             "--load", folder / "base", *flags, CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0",
         )  # fmt: skip
 
-    with ThreadPoolExecutor(7) as pool:
+    with ThreadPoolExecutor(len(RUNS)) as pool:
         return folder, dict(zip(RUNS, pool.map(run, RUNS), strict=True))
 
 
@@ -91,7 +89,8 @@ def test_layouts_on_gpus(runs, megatron, name):
         assert one.code == 0, one.output[-6000:]
         assert len(one.steps) == 20
     assert max(expected.values("compression ratio")) > 1.3
-    for value, bound in (("lm loss", 0.01), ("compression ratio", 0.03)):
+    assert min(expected.values("grad norm")) > 0.01
+    for value, bound in (("lm loss", 0.01), ("compression ratio", 0.03), ("grad norm", 0.1)):
         errors = [abs(a / b - 1) for a, b in zip(run.values(value), expected.values(value), strict=True)]
         print(name, value, "differs by at most", max(errors))
         assert max(errors) < bound, (value, run.values(value), expected.values(value))
@@ -102,4 +101,4 @@ def test_layouts_on_gpus(runs, megatron, name):
     errors = {n: ((ours[n] - g).norm() / g.norm()).item() for n, g in theirs.items()}
     print(name, "gradients differ by", {n: round(e, 5) for n, e in errors.items()})
     assert all(g.norm() > 0 for g in theirs.values())
-    assert max(errors.values()) < 0.1 and not any(map(math.isnan, errors.values())), errors
+    assert max(errors.values()) < 0.02 and not any(map(math.isnan, errors.values())), errors

@@ -20,15 +20,15 @@ def keep_gradients(folder: Path) -> None:
         def save_and_step():
             optimizer.step = step
             (chunk,) = unwrap_model(model)
-            weights = {p: p.data for p in chunk.parameters()}
+            weights = {p: p.data.clone() for p in chunk.parameters()}
             for p in weights:
-                p.data = p.main_grad
+                p.data.copy_(p.main_grad)  # in place: hooks hang on the parameters
             if torch.distributed.get_rank() == 0:
                 folder.mkdir(parents=True)
             torch.distributed.barrier()
             dist_checkpointing.save(chunk.sharded_state_dict(), str(folder))
             for p, data in weights.items():
-                p.data = data
+                p.data.copy_(data)
             return step()
 
         optimizer.step = save_and_step
