@@ -41,7 +41,7 @@ def main() -> None:
     held = [way["held"] for way in ways.values()]
     bars = right.bar(
         ["vanilla" if compression == "1" else f"DMC {compression}×" for compression in ways], held, 0.5, color="C2",
-        yerr=[[0] * len(held), [way["not_held"] - way["held"] for way in ways.values()]], capsize=6,
+        yerr=[[0] * len(held), [(way["not_held"] or way["held"]) - way["held"] for way in ways.values()]], capsize=6,
     )  # fmt: skip
     right.bar_label(bars, [f"{rate:.2f}" for rate in held], label_type="center")
     latency = serving["load"]["latency_ms"]

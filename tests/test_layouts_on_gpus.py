@@ -90,7 +90,8 @@ def test_layouts_on_gpus(runs, megatron, name):
         assert len(one.steps) == 20
     assert max(expected.values("compression ratio")) > 1.3
     assert min(expected.values("grad norm")) > 0.01
-    for value, bound in (("lm loss", 0.01), ("compression ratio", 0.03), ("grad norm", 0.1)):
+    wide = 10 if "fp8" in name else 1  # 3 bits of a mantissa, and a scale for each rank's part
+    for value, bound in (("lm loss", 0.01 * wide), ("compression ratio", 0.03 * wide), ("grad norm", 0.1 * wide)):
         errors = [abs(a / b - 1) for a, b in zip(run.values(value), expected.values(value), strict=True)]
         print(name, value, "differs by at most", max(errors))
         assert max(errors) < bound, (value, run.values(value), expected.values(value))
