@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from megatron_dmc.checkpoint import LoadedModel
 from megatron_dmc.config import DMCError
 from megatron_dmc.megatron_hooks import dmc_layers
+from megatron_dmc.ops.reference import decision_logits
 from megatron_dmc.text import find_files, read_documents
 
 CHUNK = 16
@@ -130,15 +134,115 @@ def loss_uncompressed(loaded: LoadedModel, windows: torch.Tensor) -> float:
 
     For a model without DMC this is its loss; a DMC model appends every token instead of merging any.
     """
+    with appending_all(loaded):
+        total = sum(_loss(loaded, rows, 0, windows.shape[1] - 1, None) for rows in _batches(windows))
+    return total / windows[:, 1:].numel()
+
+
+@contextlib.contextmanager
+def appending_all(loaded: LoadedModel) -> Iterator[None]:
+    """While this is open, a DMC model appends every token instead of merging any."""
     layers = dmc_layers([loaded.model])
     for layer in layers:
         layer.core_attention.merging = False
     try:
-        total = sum(_loss(loaded, rows, 0, windows.shape[1] - 1, None) for rows in _batches(windows))
+        yield
     finally:
         for layer in layers:
             layer.core_attention.merging = True
-    return total / windows[:, 1:].numel()
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of a continuation of a text.
+
+    Attributes:
+        log_prob: of the continuation given the text, in nats.
+        greedy: whether every token is the most likely one, so that greedy decoding would give the continuation.
+        ratio: tokens per entry of the caches, over all heads, when both are read; 1 where nothing merges.
+    """
+
+    log_prob: float
+    greedy: bool
+    ratio: float
+
+
+@torch.no_grad()
+def score(
+    loaded: LoadedModel, rows: list[tuple[list[int], list[int]]], *, batch_tokens: int = 8192, progress: bool = False
+) -> list[Score]:
+    """Log-probabilities of continuations, each `(text, continuation)` of one token or more, with hard decisions.
+
+    All tokens are read at once, which gives what a compressed cache gives token by token, in exact arithmetic.
+
+    Args:
+        batch_tokens: tokens of a forward pass, padding included; a longer row has one to itself.
+        progress: show a bar.
+
+    Raises:
+        DMCError: for a row with an empty part, or with tokens that the model does not know.
+    """
+    known = loaded.tokenizer.vocab_size
+    for text, continuation in rows:
+        if not text or not continuation:
+            raise DMCError("a text and its continuation must have a token each, at least")
+        if not 0 <= min(*text, *continuation) <= max(*text, *continuation) < known:
+            raise DMCError(f"tokens must be 0 to {known - 1}, the model's vocabulary")
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
+    found: list[Score | None] = [None] * len(rows)
+    bar = tqdm(total=len(rows), disable=not progress, unit="text")
+    while order:
+        longest = sum(map(len, rows[order[0]])) - 1
+        batch, order = _split(order, max(1, batch_tokens // longest))
+        tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for row, i in enumerate(batch):
+            inputs = (rows[i][0] + rows[i][1])[:-1]
+            tokens[row, : len(inputs)] = torch.tensor(inputs)
+        tokens = tokens.to(loaded.device)
+        positions = torch.arange(longest, device=loaded.device).expand_as(tokens)
+        with _decisions(loaded) as decisions:
+            # An engine in this process leaves Megatron in inference, where logits must be asked for whole.
+            logits = loaded.model(tokens, positions, None, runtime_gather_output=True)
+        for row, i in enumerate(batch):
+            text, continuation = rows[i]
+            end = len(text) + len(continuation) - 1
+            own = logits[row, len(text) - 1 : end, :known].float()
+            targets = torch.tensor(continuation, device=own.device)
+            kept = [(~merged[1:end, row]).sum(0) + 1 for merged in decisions]  # the first token is always an entry
+            found[i] = Score(
+                log_prob=-float(F.cross_entropy(own, targets, reduction="sum")),
+                greedy=bool((own.argmax(-1) == targets).all()),
+                ratio=float(end * sum(map(len, kept)) / sum(map(torch.sum, kept))) if kept else 1.0,
+            )
+        bar.update(len(batch))
+    bar.close()
+    return found
+
+
+def _split(order: list[int], count: int) -> tuple[list[int], list[int]]:
+    return order[:count], order[count:]
+
+
+@contextlib.contextmanager
+def _decisions(loaded: LoadedModel) -> Iterator[list[torch.Tensor]]:
+    """What every DMC layer decides in a pass without a cache: bool `[s, b, g]`, merged or not."""
+    found: list[torch.Tensor] = []
+
+    def look(core, arguments) -> None:
+        key = arguments[1]
+        offset = core.compression.config.dmc_init_val if core.merging else math.inf
+        found.append(decision_logits(key, offset) > 0)
+
+    handles = [
+        layer.core_attention.register_forward_pre_hook(look)
+        for layer in dmc_layers([loaded.model])
+        if layer.core_attention.compression.config.merges
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _batches(windows: torch.Tensor) -> tuple[torch.Tensor, ...]:

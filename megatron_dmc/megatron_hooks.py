@@ -23,9 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_dmc import resume
 from megatron_dmc.compression import Compression, StepReport
 from megatron_dmc.config import DMCError
-from megatron_dmc.resume import checkpoint_to_resume
 
 MERGE_RATE = "dmc_merge_rate"
 """Name under which `Compression.merge_rate` is saved among the arguments."""
@@ -73,26 +73,40 @@ def _check_arguments(args: Any) -> None:
     """Refuse ways to pack documents that would not keep them apart, or that Megatron loses on the way."""
     instead = "use --dataloader-inter-document-masking instead"
     stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
+    borders, context = args.dataloader_inter_document_masking, args.context_parallel_size > 1
+    masks = args.reset_attention_mask and not borders
+    mamba = "M" in (args.hybrid_layer_pattern or "")
     refusals = [
         (
-            args.reset_attention_mask and not args.create_attention_mask_in_dataloader,
+            masks and not args.create_attention_mask_in_dataloader,
             "--reset-attention-mask needs the data loader's masks: leave out --no-create-attention-mask-in-dataloader, "
             f"or {instead}",
         ),
         (
-            args.reset_attention_mask and (stages > 2 or chunks > 1),
+            masks and (stages > 2 or chunks > 1),
             f"--reset-attention-mask: of {stages} pipeline stages, {chunks} chunks each, Megatron gives masks to the "
             f"first and the last alone; {instead}",
         ),
         (
-            args.dataloader_inter_document_masking and stages > 1 and args.micro_batch_size > 1,
+            borders and stages > 1 and args.micro_batch_size > 1,
             f"--dataloader-inter-document-masking: Megatron's pipeline stages expect {args.micro_batch_size} sequences "
             "side by side and get them one after the other; use --micro-batch-size 1",
         ),
         (
-            args.sft and args.context_parallel_size > 1,
+            args.sft and context,
             "--sft: with context parallelism Megatron shares out every document by itself, and DMC's merges need "
             f"whole chunks; {instead}",
+        ),
+        (masks and mamba, f"--reset-attention-mask: Mamba layers read no masks; {instead}"),
+        (
+            borders and context and mamba,
+            "--dataloader-inter-document-masking: with context parallelism Megatron's Mamba layers expect every "
+            "document shared out by itself; leave one of the two out",
+        ),
+        (
+            borders and context and args.mtp_num_layers,
+            "--dataloader-inter-document-masking: with context parallelism Megatron's multi-token prediction expects "
+            "every document shared out by itself; leave one of the two out",
         ),
         (args.hybrid_context_parallel, "--hybrid-context-parallel: DMC knows one context-parallel group; leave it out"),
     ]
@@ -215,35 +229,55 @@ def _save_checkpoint(original, iteration, model, *args, **kwargs):
 
 def _read_metadata(original, tracker: str):
     """Which iteration to load. A stage does not begin (`--finetune`) from another checkpoint than the one named."""
-    import torch
     from megatron.training.global_vars import get_args
     from megatron.training.utils import print_rank_0
 
-    args, path = get_args(), Path(tracker)
-    if args.ckpt_format != "torch_dist" or path.read_text().strip() == "release" or args.ckpt_step is not None:
+    args, load = get_args(), Path(tracker).parent
+    if "://" in str(tracker):  # on an object store
         return original(tracker)
-    found: list = [None]
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        try:
-            found = [checkpoint_to_resume(path.parent)]
-        except DMCError as error:
-            found = [error]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(found)
-    if isinstance(found[0], DMCError):
-        raise found[0]
-    iteration, problems = found[0]
+    text, found = _on_rank_0(lambda: (resume.tracked(load), None))[0], None
+    if args.ckpt_step:
+        return original(tracker) if resume.is_iteration(text) or text == "release" else (args.ckpt_step, False)
+    if text == "release":
+        return original(tracker)
+    try:
+        iteration, problems = _on_rank_0(lambda: resume.checkpoint_to_resume(load))
+        found = "; ".join(problems)
+    except DMCError as error:
+        if load.name != "non_persistent":
+            raise
+        print_rank_0(f"WARNING: {error}")
+        return -1, False  # as if there were none: persistent ones may be whole
     if not problems:
         return original(tracker)
-    if args.finetune:
+    if args.finetune and load.name != "non_persistent":
         raise DMCError(
-            f"the checkpoint to begin the stage from is not whole: {'; '.join(problems)}. To begin from the one "
-            f"before, add --ckpt-step {iteration}"
+            f"the checkpoint to begin the stage from is not whole: {found}. To begin from the one before, add "
+            f"--ckpt-step {iteration}"
         )
-    print_rank_0(
-        f"WARNING: going on from iteration {iteration}, the latest checkpoint that is whole: {'; '.join(problems)}"
-    )
+    print_rank_0(f"WARNING: going on from iteration {iteration}, the latest checkpoint that is whole: {found}")
+    _on_rank_0(lambda: resume.rewrite_tracker(load, iteration))
     return iteration, False
+
+
+def _on_rank_0(do: Callable[[], Any]) -> Any:
+    """What one rank finds, on all of them; also what it raises, so that nobody waits for it."""
+    import torch
+
+    alone = not torch.distributed.is_initialized()
+    found: list = [None, None]
+    if alone or torch.distributed.get_rank() == 0:
+        try:
+            found[0] = do()
+        except DMCError as error:
+            found[1] = error
+        except Exception as error:
+            found[1] = DMCError(f"{type(error).__name__}: {error}")
+    if not alone:
+        torch.distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):

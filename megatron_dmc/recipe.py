@@ -25,6 +25,7 @@ from typing import Any
 
 import yaml
 
+from megatron_dmc import resume
 from megatron_dmc.config import STAGES, DMCError
 
 PARTS = ("compression", "checkpoints", "model", "data", "training", "layouts", "stages")
@@ -40,8 +41,6 @@ OWN_FLAGS = {
 
 ENDPOINT = "$RDZV_ENDPOINT"
 """Where nodes meet, in a printed command, unless it was given: a variable that the shell puts in."""
-
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclass(frozen=True)
@@ -172,16 +171,13 @@ def latest_iteration(folder: str | Path) -> int | None:
     Raises:
         DMCError: for a tracker that names no iteration, such as a converted model's (`release`).
     """
-    tracker = Path(folder) / TRACKER
+    tracker = Path(folder) / resume.TRACKER
     try:
         text = tracker.read_text().strip()
     except FileNotFoundError:
         return None
-    if not text:
-        raise DMCError(
-            f"{tracker} is empty, as when writing it was cut short: write the number of the last whole iter_… folder "
-            "beside it there"
-        )
+    if not text:  # writing it was cut short
+        return resume.checkpoint_to_resume(tracker.parent)[0]
     if not text.isdigit():
         raise DMCError(
             f"{tracker} holds {text!r}, where a stage's own checkpoint has its iteration: "

@@ -3,6 +3,7 @@
 Megatron names a checkpoint in `latest_checkpointed_iteration.txt` once all its files are written, so a process that is
 killed within a save leaves the one before in place. A machine that loses power, or a file system that is full or
 unreachable, can still leave files cut off behind a name. Those are recognised by what they say of their own lengths.
+(`--save-retain-interval` deletes the checkpoint before as soon as the next is named, unless it is one to retain.)
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def damage(folder: Path) -> str | None:
-    """What shows that a checkpoint (`iter_…`, Megatron's format `torch_dist`) is not whole, or `None`."""
+    """What shows that a checkpoint (`iter_…`) is not whole, or `None`.
+
+    Only Megatron's format `torch_dist` and torch's own can tell; the format of old (`mp_rank_…`) is taken as it is.
+    """
     from torch.distributed.checkpoint import FileSystemReader
 
     if not folder.is_dir():
         return "it does not exist"
+    if any(folder.glob("mp_rank_0*")):
+        return None
     try:
-        json.loads((folder / "metadata.json").read_text())
+        if (note := folder / "metadata.json").exists():
+            json.loads(note.read_text())
         if (common := folder / "common.pt").exists() and not zipfile.is_zipfile(common):  # before Megatron 0.19
             return "common.pt is cut off"
         ends: dict[str, int] = {}
@@ -37,6 +44,15 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def tracked(load: Path) -> str:
+    """What the tracker file says: an iteration, `release`, or something that a save left unfinished."""
+    return (load / TRACKER).read_text(errors="replace").strip()
+
+
+def is_iteration(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
 def checkpoint_to_resume(load: Path) -> tuple[int, list[str]]:
     """The iteration to go on from, and what is wrong with later ones that were passed over.
 
@@ -46,10 +62,10 @@ def checkpoint_to_resume(load: Path) -> tuple[int, list[str]]:
     Raises:
         DMCError: where none is whole.
     """
-    text = (load / TRACKER).read_text().strip()
-    saved = {int(path.name[5:]): path for path in load.glob("iter_*") if path.name[5:].isdigit()}
+    text = tracked(load)
+    saved = {int(path.name[5:]): path for path in load.glob("iter_*") if is_iteration(path.name[5:])}
     problems = []
-    if text.isdigit():
+    if is_iteration(text):
         latest = int(text)
         saved.setdefault(latest, load / f"iter_{latest:07d}")
     else:
@@ -60,3 +76,9 @@ def checkpoint_to_resume(load: Path) -> tuple[int, list[str]]:
             return iteration, problems
         problems.append(f"{saved[iteration]}: {problem}")
     raise DMCError(f"no checkpoint in {load} is whole: {'; '.join(problems)}. Begin anew, or give another --load")
+
+
+def rewrite_tracker(load: Path, iteration: int) -> None:
+    """Name the iteration that is gone on from where the tracker names none: a later save reads the tracker again."""
+    if not is_iteration(tracked(load)):
+        (load / TRACKER).write_text(str(iteration))

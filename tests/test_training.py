@@ -110,25 +110,36 @@ def test_checkpoints_cut_off_are_passed_over(base, tmp_path):
     command = ["-m", "megatron_dmc", "train", *MODEL, *flags, "--load", tmp_path]
     run = python(*command, "--finetune")
     assert run.code != 0 and f"{largest.name} has" in run.output and "add --ckpt-step 2" in run.output
-    for text, about in (("4", f"{largest.name} has"), ("", "latest_checkpointed_iteration.txt holds ''")):
+    saving = ["--save", tmp_path, "--save-retain-interval", 4]  # with that, Megatron reads the tracker as it saves
+    for text, about, more in (("4", f"{largest.name} has", []), ("", "_iteration.txt holds ''", saving)):
         tracker.write_text(text)
-        run = python(*command)
+        run = python(*command, *more)
         assert run.code == 0 and sorted(run.steps) == [3, 4, 5, 6], run.output[-6000:]
         assert "WARNING: going on from iteration 2, the latest checkpoint that is whole" in run.output
         assert about in run.output
         assert run.steps[6]["lm loss"] == pytest.approx(whole.steps[6]["lm loss"], rel=1e-3 if HAVE_GPU else 0, abs=0)
-    older = tmp_path / "iter_0000002"
-    (older / "common.pt").write_bytes(b"PK")
-    assert damage(older) == "common.pt is cut off"
-    (older / "common.pt").unlink()
-    for name in ("metadata.json", ".metadata"):
-        kept = (older / name).read_bytes()
-        os.truncate(older / name, len(kept) // 2)
-        assert damage(older) is not None, name
-        if name != ".metadata":
-            (older / name).write_bytes(kept)
+    assert tracker.read_text() == "6" and damage(tmp_path / "iter_0000006") is None
+
+    for folder in tmp_path.glob("iter_*"):
+        (folder / "common.pt").write_bytes(b"PK")
+        assert damage(folder) == "common.pt is cut off"
+        (folder / "common.pt").unlink()
+        kept = (folder / "metadata.json").read_bytes()
+        (folder / "metadata.json").write_bytes(kept[: len(kept) // 2])
+        assert damage(folder) is not None
+        (folder / "metadata.json").write_bytes(kept)
+        assert damage(folder) is None
+        os.truncate(folder / ".metadata", 100)
+        assert damage(folder) is not None
     run = python(*command)
     assert run.code != 0 and f"no checkpoint in {tmp_path} is whole" in run.output
+
+
+def test_checkpoints_of_the_old_format_are_loaded(tmp_path):
+    """Megatron sees by itself what a checkpoint is; what it says of its own lengths is no business of theirs."""
+    train("--train-iters", 1, "--ckpt-format", "torch", "--save", tmp_path, "--save-interval", 1)
+    run = train("--train-iters", 2, "--dmc-stage", "zero-out", "--load", tmp_path, "--finetune")
+    assert len(run.steps) == 2
 
 
 def test_resuming_takes_up_the_merge_rate(base, tmp_path):

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from megatron_dmc.config import DMCError
-from megatron_dmc.recipe import ENDPOINT, TRACKER, Command, add_arguments, resolve
+from megatron_dmc.recipe import ENDPOINT, Command, add_arguments, resolve
+from megatron_dmc.resume import TRACKER
 
 EXAMPLES = """\
 examples:

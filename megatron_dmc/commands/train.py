@@ -181,6 +181,7 @@ def _packed(batch: dict[str, torch.Tensor]) -> Any:
 
     if batch.get("cu_seqlens") is None:
         return None
+    args = get_args()
     borders, longest = batch["cu_seqlens"][0], int(batch["max_seqlen"])
     update_seqlen_stats_from_cu_seqlens(borders)  # for the FLOPs that Megatron logs
     return PackedSeqParams(
@@ -189,7 +190,8 @@ def _packed(batch: dict[str, torch.Tensor]) -> Any:
         cu_seqlens_kv=borders,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        tokens_per_sample=get_args().seq_length,
+        tokens_per_sample=args.seq_length,
+        total_tokens=args.micro_batch_size * args.seq_length if args.hybrid_layer_pattern else None,  # for Mamba layers
     )
 
 

@@ -67,8 +67,14 @@ def dmc_attention_of_chunks(
     chunks = own_chunks(group)
     within = None
     if documents is not None:
+        if documents.first.shape != (tokens * group.size(), b):
+            raise ValueError(
+                f"documents must be of all tokens and sequences, {(tokens * group.size(), b)}; got "
+                f"{tuple(documents.first.shape)}"
+            )
         within = documents.within(chunks, chunk)
-        key = separate(key, documents.first.unflatten(0, (-1, chunk))[list(chunks)].flatten(0, 1))
+        firsts = documents.first.unflatten(0, (-1, chunk))
+        key = separate(key, torch.cat([firsts[i] for i in chunks]))
         kernel = "flash" if kernel == "cudnn" else kernel
     query, key, value = with_borders((query, key, value), window, group)
     if chunks[0] == 0:  # the sequence's first token has nothing to merge into

@@ -43,6 +43,7 @@ class Documents:
                     f"{_shortened(of_one)}"
                 )
         self.starts, self.tokens = starts, tokens
+        self._within: tuple[tuple, Documents] | None = None
         borders = [i * tokens + start for i, of_one in enumerate(starts) for start in of_one] + [len(starts) * tokens]
         self.longest = max(b - a for a, b in pairwise(borders))
         self.borders = torch.tensor(borders, dtype=torch.int32).to(device, non_blocking=True)
@@ -89,14 +90,19 @@ class Documents:
     def within(self, chunks: Sequence[int], size: int) -> Documents:
         """Of some of the sequences' chunks of `size` tokens, each a sequence of its own, and in each document's part.
 
-        The chunks' sequences come one chunk after the other.
+        The chunks' sequences come one chunk after the other. Kept for the next layer that asks for the same.
         """
+        key = (tuple(chunks), size)
+        if self._within is not None and self._within[0] == key:
+            return self._within[1]
         starts = []
         for begin in (i * size for i in chunks):
             for of_one in self.starts:
                 inside = of_one[bisect_right(of_one, begin) : bisect_left(of_one, begin + size)]
                 starts.append([0, *(start - begin for start in inside)])
-        return Documents(starts, size, self.first.device)
+        found = Documents(starts, size, self.first.device)
+        self._within = key, found
+        return found
 
     def across(self, sequence: int, begin: int, end: int) -> tuple[int, int]:
         """The document that lies across a border: of the tokens from `begin` to before `end`, how many are of one that
