@@ -1,0 +1,99 @@
+"""Two tests of recall that need no data: a needle in a haystack, and one of many keys.
+
+A text of filler sentences holds one statement or several, "The special number of the quiet harbour is 4718203.", at
+chosen places, and ends by asking for one of them. The answer counts if greedy decoding would give all of its tokens.
+(After Kamradt's needle in a haystack, 2023, and the multi-key test of RULER, Hsieh et al., 2024.) A compressed cache
+that merges what it should keep fails them long before its perplexity tells.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_dmc.config import DMCError
+
+FILLER = (
+    "The river runs slowly past the old mill and the fields behind it.",
+    "In the morning the market fills with people who have come from the hills.",
+    "Nobody could say when the bridge had been built, or by whom.",
+    "She closed the window, put the letters back into the drawer and went out.",
+    "The train was late again, and the travellers talked about the weather.",
+    "A long road leads from the harbour to the upper part of the town.",
+    "He had read the book twice and still did not remember its end.",
+    "When the rain stopped, the children ran back into the garden.",
+)
+ADJECTIVES = "quiet bright narrow ancient hollow distant golden broken gentle frozen hidden steep".split()
+NOUNS = "harbour lantern meadow tower orchard bridge garden chapel island quarry mirror valley".split()
+STATEMENT = "The special number of the {key} is {value}."
+QUESTION = "What is the special number of the {key}? The special number of the {key} is"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text that asks, and its answer.
+
+    Attributes:
+        text: tokens, the question at their end.
+        answer: tokens.
+        depth: where in the text the statement is, from 0 to 1.
+    """
+
+    text: list[int]
+    answer: list[int]
+    depth: float
+
+
+def needle(tokenize: Callable[[str], list[int]], tokens: int, depth: float, seed: int) -> Question:
+    """One statement, about `depth` of the way through a text of about `tokens` tokens, at most so many.
+
+    Raises:
+        DMCError: for a depth beyond 0 to 1, or a length that has no room for statement and question.
+    """
+    if not 0 <= depth <= 1:
+        raise DMCError(f"depth must be from 0 (the beginning) to 1 (the end); got {depth}")
+    return _ask(tokenize, tokens, [depth], random.Random(f"needle {seed}"))
+
+
+def multi_key(tokenize: Callable[[str], list[int]], tokens: int, keys: int, seed: int) -> Question:
+    """`keys` statements spread over a text of about `tokens` tokens, at most so many; one of them is asked for.
+
+    Raises:
+        DMCError: for a number of keys that there are not, or a length that has no room for them.
+    """
+    most = len(ADJECTIVES) * len(NOUNS)
+    if not 1 <= keys <= most:
+        raise DMCError(f"keys must be 1 to {most}; got {keys}")
+    return _ask(tokenize, tokens, [(i + 0.5) / keys for i in range(keys)], random.Random(f"keys {seed}"))
+
+
+def _ask(tokenize: Callable[[str], list[int]], tokens: int, depths: list[float], rng: random.Random) -> Question:
+    names = rng.sample([f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS], len(depths))
+    values = [rng.randrange(1_000_000, 10_000_000) for _ in names]
+    asked = rng.randrange(len(names))
+    statements = [tokenize(" " + STATEMENT.format(key=n, value=v)) for n, v in zip(names, values, strict=True)]
+    question = tokenize(" " + QUESTION.format(key=names[asked]))
+    answer = tokenize(f" {values[asked]}")
+    room = tokens - sum(map(len, statements)) - len(question) - len(answer)
+    if room < 0:
+        raise DMCError(
+            f"{tokens} tokens have no room for statements ({len(names)}) and a question; {tokens - room} would do"
+        )
+    sentences: list[list[int]] = []
+    while True:
+        sentence = tokenize(" " + rng.choice(FILLER))
+        if sum(map(len, sentences)) + len(sentence) > room:
+            break
+        sentences.append(sentence)
+    text: list[int] = []
+    depth = 0.0
+    places = [round(d * len(sentences)) for d in depths]
+    for i in range(len(sentences) + 1):
+        for j, place in enumerate(places):
+            if place == i:
+                if j == asked:
+                    depth = len(text)
+                text += statements[j]
+        text += sentences[i] if i < len(sentences) else []
+    return Question(text + question, answer, depth / max(1, len(text)))

@@ -1,0 +1,222 @@
+"""Scores, recall and tasks of lm-evaluation-harness, of models that read through compressed caches."""
+
+import json
+import math
+
+import pytest
+import torch
+from runs import dmc
+from test_commands import checkpoints, corpus  # noqa: F401  (fixtures)
+
+from megatron_dmc.config import DMCError
+from megatron_dmc.retrieval import multi_key, needle
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoints, megatron):  # noqa: F811
+    from megatron_dmc.checkpoint import load
+
+    return load(checkpoints / "dmc")
+
+
+def random_rows(seed, count=7, longest=40):
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(most):
+        return torch.randint(0, 257, (int(torch.randint(1, most, (1,), generator=generator)),), generator=generator)
+
+    return [(tokens(longest).tolist(), tokens(6).tolist()) for _ in range(count)]
+
+
+def test_scores_are_those_of_the_compressed_cache(fresh_seed, loaded):
+    """Token by token through a cache, one row at a time."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    from megatron_dmc.evaluation import appending_all, score
+
+    rows = random_rows(fresh_seed)
+    ratios = []
+    for found, (text, continuation) in zip(score(loaded, rows, batch_tokens=64), rows, strict=True):
+        tokens = torch.tensor([text + continuation], device=loaded.device)
+        context = StaticInferenceContext(1, tokens.shape[1])
+        logits = []
+        with torch.no_grad():
+            for t in range(tokens.shape[1] - 1):
+                position = torch.tensor([[t]], device=loaded.device)
+                logits.append(loaded.model(tokens[:, t : t + 1], position, None, inference_context=context)[0, -1])
+                context.sequence_len_offset += 1
+        own = torch.stack(logits)[len(text) - 1 :, :257].float()
+        want = own.log_softmax(-1).gather(1, torch.tensor(continuation, device=own.device)[:, None]).sum()
+        assert found.log_prob == pytest.approx(float(want), rel=1e-4)
+        assert found.greedy == (own.argmax(-1).tolist() == continuation)
+        entries = [cache.lengths.sum().item() for cache in context.key_value_memory_dict.values()]
+        assert found.ratio == pytest.approx((tokens.shape[1] - 1) * 2 * len(entries) / sum(entries), rel=1e-6)
+        ratios.append(found.ratio)
+        greedy = (text, own.argmax(-1).tolist()[:1])
+        assert score(loaded, [greedy])[0].greedy
+    assert max(ratios) > 1.2
+    with appending_all(loaded):
+        assert {found.ratio for found in score(loaded, rows)} == {1.0}
+
+
+def test_rows_that_cannot_be_scored(loaded):
+    from megatron_dmc.evaluation import score
+
+    for row in (([], [1]), ([1], [])):
+        with pytest.raises(DMCError, match="must have a token each"):
+            score(loaded, [row])
+    for token in (-1, 257):
+        with pytest.raises(DMCError, match=r"tokens must be 0 to 256"):
+            score(loaded, [([1, token], [1])])
+
+
+def words(text):
+    return text.split()
+
+
+def test_needles(fresh_seed):
+    lengths = []
+    for depth in (0.0, 0.3, 1.0):
+        question = needle(words, 400, depth, fresh_seed)
+        text = " ".join(question.text)
+        (value,) = question.answer
+        assert text.count(f"is {value}.") == 1 and text.endswith("number of the " + text.rsplit("the ", 1)[1])
+        key = text.rsplit("special number of the ", 1)[1].removesuffix(" is")
+        assert f"The special number of the {key} is {value}." in text
+        assert abs(question.depth - depth) < 0.08
+        lengths.append(len(question.text) + len(question.answer))
+    assert all(380 < n <= 400 for n in lengths)
+    assert needle(words, 400, 0.3, fresh_seed) == needle(words, 400, 0.3, fresh_seed)
+    assert needle(words, 400, 0.3, fresh_seed) != needle(words, 400, 0.3, fresh_seed + 1)
+
+
+def test_keys(fresh_seed):
+    depths = set()
+    for seed in range(fresh_seed, fresh_seed + 20):
+        question = multi_key(words, 600, 8, seed)
+        text = " ".join(question.text)
+        assert text.count("The special number of the") == 9
+        key = text.rsplit("special number of the ", 1)[1].removesuffix(" is")
+        assert text.count(f"The special number of the {key} is {question.answer[0]}.") == 1
+        depths.add(round(question.depth, 1))
+    assert len(depths) > 3
+    for arguments, message in (((600, 145), "keys must be 1 to 144"), ((60, 8), "60 tokens have no room for")):
+        with pytest.raises(DMCError, match=message):
+            multi_key(words, *arguments, 0)
+    with pytest.raises(DMCError, match="depth must be from 0"):
+        needle(words, 100, 1.5, 0)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder with a multiple-choice task, one of generation and one of perplexity, over local files."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [dict(question=f"def f{i}(x):", choices=["return x", "import os"], answer=i % 2) for i in range(5)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files: {{test: {folder}/rows.jsonl}}\ntest_split: test\n"
+    (folder / "choice.yaml").write_text(
+        "task: tiny_choice\noutput_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list:\n  - metric: acc\n" + common
+    )
+    (folder / "answer.yaml").write_text(
+        "task: tiny_answer\noutput_type: generate_until\ndoc_to_text: question\ndoc_to_target: '{{choices[answer]}}'\n"
+        "generation_kwargs:\n  until: ['e']\n  max_gen_toks: 4\nmetric_list:\n  - metric: exact_match\n" + common
+    )
+    (folder / "text.yaml").write_text(
+        "task: tiny_text\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: question\n"
+        "metric_list:\n  - metric: byte_perplexity\n" + common
+    )
+    return folder
+
+
+def test_command(checkpoints, corpus, tasks, tmp_path):  # noqa: F811
+    text = corpus.parent / "text"
+    run = dmc(
+        "evaluate", checkpoints / "dmc", "--text", text, "--max-tokens", 500, "--needle", "--depths", 2, "--samples", 2,
+        "--keys", 2, "--lengths", 400, "--tasks", "tiny_choice", "tiny_answer", "tiny_text", "--include-path", tasks,
+        "--output", tmp_path / "results.json", "--cache-gib", 0.05, HF_HUB_OFFLINE="1",
+        HF_DATASETS_CACHE=str(tmp_path / "datasets"),
+    )  # fmt: skip
+    assert run.code == 0, run.output[-5000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    compressed, plain = (results["perplexity"][way] for way in ("compressed", "uncompressed"))
+    assert compressed["ratio"] > 1.1 and plain["ratio"] == 1 and compressed["loss"] != plain["loss"]
+    assert [(r["test"], r["way"]) for r in results["recall"]] == [
+        (test, way) for test in ("needle", "needle", "keys") for way in ("compressed", "uncompressed")
+    ]
+    assert results["tasks"]["tiny_choice"]["acc,none"] in (0, 0.2, 0.4, 0.6, 0.8, 1)
+    assert results["tasks"]["tiny_answer"]["exact_match,none"] == 0
+    assert results["tasks"]["tiny_text"]["byte_perplexity,none"] > 2
+
+    report = dmc("report", checkpoints / "dmc", "--text", text, "--max-tokens", 500, "--output", tmp_path)
+    assert report.code == 0
+    losses = json.loads((tmp_path / "report.json").read_text())
+    for way, name in ((compressed, "compressed"), (plain, "uncompressed")):
+        assert way["loss"] == pytest.approx(losses[f"loss_{name}"], rel=1e-4)
+
+
+def test_harness(loaded, fresh_seed):
+    """The adapter against scores and greedy generation."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+
+    from megatron_dmc import harness
+    from megatron_dmc.evaluation import score
+
+    assert get_model("megatron_dmc") is harness.HarnessModel
+    model = harness.HarnessModel(loaded, max_length=60, max_gen_toks=5, cache_gib=0.05, batch_size=2)
+    request = lambda kind, *arguments: Instance(kind, {}, arguments, 0)  # noqa: E731
+    text, end = "def f(x):\n    ", "return x + 1"
+    tokens = [list(loaded.tokenizer.tokenize(t)) for t in (text, end)]
+    ((log_prob, greedy),) = model.loglikelihood([request("loglikelihood", text, end)], disable_tqdm=True)
+    # The harness moves the space between the two to the continuation.
+    whole = tokens[0] + tokens[1]
+    first = len(loaded.tokenizer.tokenize(text.rstrip()))
+    want = score(loaded, [(whole[:first], whole[first:])])[0]
+    assert (log_prob, greedy) == (pytest.approx(want.log_prob), want.greedy)
+    long = "x = 1\n" * 30 + "x"
+    ((cut, _),) = model.loglikelihood([request("loglikelihood", long, "y")], disable_tqdm=True)
+    end_of_long = list(loaded.tokenizer.tokenize(long))[-60:], list(loaded.tokenizer.tokenize("y"))
+    assert cut == pytest.approx(score(loaded, [end_of_long])[0].log_prob)
+
+    (rolling,) = model.loglikelihood_rolling([request("loglikelihood_rolling", long)], disable_tqdm=True)
+    assert -math.inf < rolling < 0
+    (short,) = model.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True)
+    assert short == pytest.approx(score(loaded, [([loaded.tokenizer.eod], tokens[0])])[0].log_prob)
+
+    prompts = ["def f(x):", "import", "x = 3", ""]
+    answers = model.generate_until(
+        [request("generate_until", prompt, {"until": ["\n"], "max_gen_toks": 5}) for prompt in prompts],
+        disable_tqdm=True,
+    )
+    for prompt, answer in zip(prompts, answers, strict=True):
+        context = list(loaded.tokenizer.tokenize(prompt)) or [loaded.tokenizer.eod]
+        given = []
+        for _ in range(5):
+            best = max(range(257), key=lambda t, seen=context + given: score(loaded, [(seen, [t])])[0].log_prob)
+            if best == loaded.tokenizer.eod:
+                break
+            given.append(best)
+        assert answer == loaded.tokenizer.detokenize(given).split("\n")[0]
+    with pytest.raises(DMCError, match="cannot follow: penalty"):
+        model.generate_until([request("generate_until", "x", {"penalty": 2})], disable_tqdm=True)
+    with pytest.raises(DMCError, match="leaves no room"):
+        model.generate_until([request("generate_until", "x", {"max_gen_toks": 60})], disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "nothing to evaluate: give --text"),
+        (["--needle", "--samples", 0], "--samples must be at least 1; got 0"),
+        (["--needle", "--lengths", 20], "20 tokens have no room for statements (1) and a question"),
+        (["--tasks", "no_such_task"], "the harness has no task no_such_task"),
+        (["--text", "x", "--data-path", "y"], "either as --text or as --data-path"),
+    ],
+)
+def test_mistakes_are_named(checkpoints, flags, message):  # noqa: F811
+    run = dmc("evaluate", checkpoints / "dmc", *flags)
+    assert run.code != 0 and message in run.output, run.output[-3000:]
+    assert "Traceback" not in run.output
