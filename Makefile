@@ -9,7 +9,7 @@ demo: .venv/.built
 	.venv/bin/python examples/demo.py
 
 test: .venv/.built
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

@@ -13,10 +13,12 @@ from megatron_dmc.config import DMCError
 
 COMMANDS = {
     "prepare-data": "text, JSON lines or a folder of files into Megatron's indexed dataset",
+    "convert": "a model of Hugging Face into a checkpoint of Megatron, and back",
     "train": "Megatron's training loop with DMC: every Megatron argument and --dmc-…",
     "generate": "continue prompts from a compressed cache",
     "serve": "an HTTP server with OpenAI's interface",
     "report": "what compression costs a checkpoint, and which heads compress how much",
+    "evaluate": "perplexity, recall, and tasks of lm-evaluation-harness, with compression and without",
     "plan": "what a recipe takes on a number of GPUs: layout, memory, GPU-hours and its commands",
     "run": "carry a recipe out: the three stages, from wherever they were left",
 }
@@ -30,6 +32,7 @@ usage: megatron-dmc COMMAND …     (or: python -m megatron_dmc COMMAND …, tor
 
 examples:
   megatron-dmc prepare-data --input corpus/ --output data/corpus --train-tokenizer 4096
+  megatron-dmc convert models/Llama-3.1-8B checkpoints/llama-3.1-8b
   torchrun --nproc-per-node 8 -m megatron_dmc train --dmc-stage retrofit --dmc-cr 4 --load … --finetune …
   megatron-dmc generate checkpoints/dmc --prompt "def main("
   megatron-dmc serve checkpoints/dmc --port 8000

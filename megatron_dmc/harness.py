@@ -179,7 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that the registry's class and this module's are one.
-    from megatron_dmc import harness
-
-    harness.main()
+    main()

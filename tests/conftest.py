@@ -11,7 +11,15 @@ HAVE_GPU = torch.cuda.is_available()
 GPUS = torch.cuda.device_count()
 
 
+LONG = (
+    "server training packed_training context_layouts layouts retrofits commands convert evaluate launch engine "
+    "parallel_generation context_parallel emulated_kernels"
+).split()
+"""Files whose tests take minutes: two workers begin with them, and share out the others at the end."""
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     for item in items:
         if "gpu" in item.keywords and not HAVE_GPU:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

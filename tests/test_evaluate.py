@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from runs import dmc
+from runs import dmc, python
 from test_commands import checkpoints, corpus  # noqa: F401  (fixtures)
 
 from megatron_dmc.config import DMCError
@@ -155,6 +155,15 @@ def test_command(checkpoints, corpus, tasks, tmp_path):  # noqa: F811
     losses = json.loads((tmp_path / "report.json").read_text())
     for way, name in ((compressed, "compressed"), (plain, "uncompressed")):
         assert way["loss"] == pytest.approx(losses[f"loss_{name}"], rel=1e-4)
+
+
+def test_the_harness_own_command(checkpoints, tasks, tmp_path):  # noqa: F811
+    run = python(
+        "-m", "megatron_dmc.harness", "--model", "megatron_dmc", "--model_args", f"checkpoint={checkpoints / 'dmc'}",
+        "--tasks", "tiny_choice", "--include_path", tasks, "--limit", 2, HF_HUB_OFFLINE="1",
+        HF_DATASETS_CACHE=str(tmp_path / "datasets"),
+    )  # fmt: skip
+    assert run.code == 0 and "|tiny_choice|" in run.output, run.output[-5000:]
 
 
 def test_harness(loaded, fresh_seed):
