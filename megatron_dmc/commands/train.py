@@ -59,6 +59,8 @@ def main() -> None:
     if hybrid and find_spec("transformer_engine") is None:
         raise DMCError("--hybrid-layer-pattern: Megatron's hybrid models are made of Transformer Engine; install it")
     model = (hybrid_config_from_args if hybrid else gpt_config_from_args)(args)
+    if not hybrid:
+        model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19.2 forgets it
     if dmc.dmc_stage is not None:
         if args.spec is not None:
             raise DMCError("--spec and --dmc-stage both name the layers: leave one of them out")

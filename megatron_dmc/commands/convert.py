@@ -1,0 +1,62 @@
+"""`megatron-dmc convert`: a model of Hugging Face into a checkpoint of Megatron, and back.
+
+Llama-2, Llama-3.x, Mistral, Qwen2.5 and Qwen3 (dense). What SOURCE is decides the direction.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_dmc.config import DMCError
+
+EXAMPLES = """\
+examples:
+  megatron-dmc convert models/Llama-3.1-8B checkpoints/llama-3.1-8b   # for --load, or a recipe's checkpoints.original
+  megatron-dmc convert checkpoints/trained models/trained             # for transformers' from_pretrained
+
+To Megatron: any parallel layout, with Transformer Engine or without, loads the checkpoint (--ckpt-format torch_dist).
+The model's flags, which a run must be given, are left beside it as the part `model` of a recipe (model.yaml).
+Training looks for the tokenizer in HF_FOLDER.
+Back: the latest checkpoint under SOURCE, or one iter_… folder, of any layout. config.json and the tokenizer are those
+of the folder that the model came from, where it is still there.
+Tensors keep their dtype. Memory holds one of them at a time."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="megatron-dmc convert",
+        usage="megatron-dmc convert HF_FOLDER MEGATRON_FOLDER\n       megatron-dmc convert MEGATRON_FOLDER HF_FOLDER",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="config.json with *.safetensors, or a checkpoint")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="a new folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in TARGET")
+    parser.add_argument(
+        "--like", metavar="HF_FOLDER", type=Path, help="back: the folder to take config.json and the tokenizer from"
+    )
+    convert(parser.parse_args())
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Convert as the parsed options say, and print what was made.
+
+    Raises:
+        DMCError: for a source that is neither, or what `megatron_dmc.convert` refuses.
+    """
+    from megatron_dmc.convert import CONFIG, RELEASE, to_hugging_face, to_megatron
+
+    source, target = options.source, options.target
+    if not source.is_dir():
+        raise DMCError(f"no folder {source}: give one of Hugging Face (config.json, *.safetensors) or a checkpoint")
+    if (source / CONFIG).is_file():
+        if options.like is not None:
+            raise DMCError("--like is for the way back; to Megatron, config.json is the source's")
+        model = to_megatron(source, target, options.overwrite)
+        made = f"{target / RELEASE}; the model's flags: {target / 'model.yaml'}"
+    else:
+        model, notes = to_hugging_face(source, target, options.like, options.overwrite)
+        made = f"{target}; {notes}"
+    print(f"{model.model_type}, {model.layers} layers, {model.vocabulary:,} rows in the embedding: {made}")
