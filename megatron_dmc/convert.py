@@ -1,4 +1,4 @@
-"""Checkpoints between Hugging Face and Megatron, tensor by tensor: `to_megatron` and `to_hugging_face`.
+"""Checkpoints of Hugging Face and Megatron, tensor by tensor: `to_megatron`, `to_hugging_face`, `nvidia_to_megatron`.
 
 No more than a layer's largest tensor, or the embedding, is in memory at a time, whatever the model's size. Tensors keep
 their dtype, and going there and back gives every one of them back bit for bit.
@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from megatron_dmc import nvidia
 from megatron_dmc.config import DMCError
 from megatron_dmc.distributed_checkpoint import Reader, write
 from megatron_dmc.families import Architecture, Chunk, size_in_bytes
@@ -37,6 +38,9 @@ KEPT_CONFIG = "hf_config.json"
 
 RELEASE = "release"
 """Folder, and content of the tracker file, of a checkpoint that begins a training: Megatron's own name for it."""
+
+MADE = (TRACKER, RELEASE, "model.yaml")
+"""What a conversion to Megatron leaves in a folder."""
 
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*")
 COMPANIONS += ("generation_config.json",)
@@ -61,38 +65,72 @@ def to_megatron(source: Path, target: Path, overwrite: bool = False) -> Architec
         chunks = list(model.chunks())
         dtypes = files.check(model, chunks)
         args = _arguments(model, source, dtypes)
-        _prepare(target, source, overwrite, (TRACKER, RELEASE, "model.yaml"))
-        folder = target / RELEASE
-        folder.mkdir()
-        with _progress(chunks, dtypes) as advance:
-            objects: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Any] = {}
-            of_layers, of_model = model.stateful()
-            for name in of_layers:
-                objects |= {(name, (model.layers,), (layer,)): None for layer in range(model.layers)}
-            objects |= {(name, (1,), (0,)): None for name in of_model}
-
-            def read(chunk: Chunk) -> Tensor:
-                tensor = chunk.join([files.read(name) for name in chunk.sources])
-                advance(tensor.nbytes)
-                return tensor
-
-            write(
-                folder,
-                [(chunk, dtypes[chunk.key]) for chunk in chunks],
-                read,
-                objects,
-                dict(
-                    args=args,
-                    checkpoint_version=3.0,
-                    iteration=0,
-                    content_metadata={"singleton_local_shards": False},
-                ),
-            )
-    shutil.copyfile(source / CONFIG, folder / KEPT_CONFIG)
-    flags = yaml.safe_dump(model.flags(), sort_keys=False)
-    (target / "model.yaml").write_text(f"# The part `model` of a recipe, by config.json of {source}\n{flags}")
-    (target / TRACKER).write_text(RELEASE)  # last: a conversion that was cut short has no name
+        _prepare(target, source, overwrite, MADE)
+        _write_megatron(target, model, chunks, dtypes, args, lambda c: c.join([files.read(name) for name in c.sources]))
+    shutil.copyfile(source / CONFIG, target / RELEASE / KEPT_CONFIG)
+    _name_megatron(target, model, source / CONFIG)
     return model
+
+
+def nvidia_to_megatron(source: Path, target: Path, tokenizer: Path, overwrite: bool = False) -> Architecture:
+    """Convert a DMC checkpoint of NVIDIA's (`megatron_dmc.nvidia`) to one that this project opens.
+
+    Args:
+        source: the checkpoint's folder.
+        target, overwrite: as for `to_megatron`.
+        tokenizer: a folder of Hugging Face with the model's tokenizer, which the checkpoint does not hold.
+
+    Raises:
+        DMCError: for a file that is none of these, a model that is not of Llama's kind, or a target in use.
+    """
+    file = nvidia.find(Path(source).resolve())
+    if file is None:
+        raise DMCError(f"{source} has no {nvidia.FILE}, nor a folder mp_rank_00 with one")
+    legacy = nvidia.Legacy(file)
+    model = legacy.architecture()
+    chunks = list(model.chunks())
+    dtypes = legacy.check(chunks)
+    args = _arguments(model, Path(tokenizer).resolve(), dtypes)
+    legacy.finish(args)
+    _prepare(target, file.parent, overwrite, MADE)
+    _write_megatron(target, model, chunks, dtypes, args, legacy.read)
+    _name_megatron(target, model, file)
+    return model
+
+
+def _write_megatron(
+    target: Path,
+    model: Architecture,
+    chunks: list[Chunk],
+    dtypes: dict[str, torch.dtype],
+    args: argparse.Namespace,
+    read: Callable[[Chunk], Tensor],
+) -> None:
+    """Write the checkpoint `release`; `read` gives the chunks' tensors."""
+    objects: dict[tuple[str, tuple[int, ...], tuple[int, ...]], Any] = {}
+    of_layers, of_model = model.stateful()
+    for name in of_layers:
+        objects |= {(name, (model.layers,), (layer,)): None for layer in range(model.layers)}
+    objects |= {(name, (1,), (0,)): None for name in of_model}
+    common = dict(
+        args=args, checkpoint_version=3.0, iteration=0, content_metadata={"singleton_local_shards": False}
+    )  # fmt: skip
+    folder = target / RELEASE
+    folder.mkdir()
+    with _progress(chunks, dtypes) as advance:
+
+        def read_and_tell(chunk: Chunk) -> Tensor:
+            tensor = read(chunk)
+            advance(tensor.nbytes)
+            return tensor
+
+        write(folder, [(chunk, dtypes[chunk.key]) for chunk in chunks], read_and_tell, objects, common)
+
+
+def _name_megatron(target: Path, model: Architecture, origin: Path) -> None:
+    flags = yaml.safe_dump(model.flags(), sort_keys=False)
+    (target / "model.yaml").write_text(f"# The part `model` of a recipe, by {origin}\n{flags}")
+    (target / TRACKER).write_text(RELEASE)  # last: a conversion that was cut short has no name
 
 
 def to_hugging_face(

@@ -1,6 +1,7 @@
 """`megatron-dmc convert`: a model of Hugging Face into a checkpoint of Megatron, and back.
 
-Llama-2, Llama-3.x, Mistral, Qwen2.5 and Qwen3 (dense). What SOURCE is decides the direction.
+Llama-2, Llama-3.x, Mistral, Qwen2.5 and Qwen3 (dense), and NVIDIA's DMC checkpoints of Llama-2. What SOURCE is decides
+the direction.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ EXAMPLES = """\
 examples:
   megatron-dmc convert models/Llama-3.1-8B checkpoints/llama-3.1-8b   # for --load, or a recipe's checkpoints.original
   megatron-dmc convert checkpoints/trained models/trained             # for transformers' from_pretrained
+  megatron-dmc convert nvidia/Llama-2-7B-DMC-4x checkpoints/dmc-4x --tokenizer models/Llama-2-7b-hf
 
 To Megatron: any parallel layout, with Transformer Engine or without, loads the checkpoint (--ckpt-format torch_dist).
 The model's flags, which a run must be given, are left beside it as the part `model` of a recipe (model.yaml).
@@ -37,6 +39,9 @@ def main() -> None:
     parser.add_argument(
         "--like", metavar="HF_FOLDER", type=Path, help="back: the folder to take config.json and the tokenizer from"
     )
+    parser.add_argument(
+        "--tokenizer", metavar="HF_FOLDER", type=Path, help="from NVIDIA's DMC checkpoints: where the tokenizer is"
+    )
     convert(parser.parse_args())
 
 
@@ -46,12 +51,23 @@ def convert(options: argparse.Namespace) -> None:
     Raises:
         DMCError: for a source that is neither, or what `megatron_dmc.convert` refuses.
     """
-    from megatron_dmc.convert import CONFIG, RELEASE, to_hugging_face, to_megatron
+    from megatron_dmc import nvidia
+    from megatron_dmc.convert import CONFIG, RELEASE, nvidia_to_megatron, to_hugging_face, to_megatron
 
     source, target = options.source, options.target
     if not source.is_dir():
         raise DMCError(f"no folder {source}: give one of Hugging Face (config.json, *.safetensors) or a checkpoint")
-    if (source / CONFIG).is_file():
+    from_nvidia = nvidia.find(source) is not None
+    if options.tokenizer is not None and not from_nvidia:
+        raise DMCError(f"--tokenizer is for NVIDIA's DMC checkpoints; {source} has no {nvidia.FILE}")
+    if from_nvidia:
+        if options.tokenizer is None:
+            raise DMCError(
+                "NVIDIA's checkpoints hold no tokenizer: give --tokenizer, a folder of Hugging Face with Llama-2's"
+            )
+        model = nvidia_to_megatron(source, target, options.tokenizer, options.overwrite)
+        made = f"{target / RELEASE}; the model's flags: {target / 'model.yaml'}"
+    elif (source / CONFIG).is_file():
         if options.like is not None:
             raise DMCError("--like is for the way back; to Megatron, config.json is the source's")
         model = to_megatron(source, target, options.overwrite)
