@@ -390,7 +390,7 @@ def test_targets_and_sources_that_are_refused(small, tmp_path):
     from megatron_dmc.convert import to_hugging_face, to_megatron
 
     def command(source, like=None):
-        convert(Namespace(source=source, target=tmp_path / "out", like=like, overwrite=False))
+        convert(Namespace(source=source, target=tmp_path / "out", like=like, overwrite=False, tokenizer=None))
 
     source, middle = tmp_path / "hf", tmp_path / "megatron"
     shutil.copytree(small, source)

@@ -204,7 +204,8 @@ def test_harness(loaded, fresh_seed):
         context = list(loaded.tokenizer.tokenize(prompt)) or [loaded.tokenizer.eod]
         given = []
         for _ in range(5):
-            best = max(range(257), key=lambda t, seen=context + given: score(loaded, [(seen, [t])])[0].log_prob)
+            every = score(loaded, [(context + given, [token]) for token in range(257)])
+            best = max(range(257), key=lambda token, every=every: every[token].log_prob)
             if best == loaded.tokenizer.eod:
                 break
             given.append(best)
