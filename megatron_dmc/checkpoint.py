@@ -254,6 +254,7 @@ def _build(args: Namespace, dmc: DMCConfig) -> Any:
     from megatron.training.models.gpt import GPTModelBuilder
 
     config = gpt_config_from_args(args)
+    config.rope_scaling_factor = getattr(args, "rope_scaling_factor", 8.0)  # Megatron 0.19.2 forgets it
     if dmc.dmc_stage is not None:
         from megatron_dmc.spec import dmc_layer_spec
 

@@ -114,7 +114,6 @@ def test_logits_and_round_trip(name, megatron, fresh_seed, tokenizer, tmp_path):
         assert torch.equal(AutoModelForCausalLM.from_pretrained(target)(tokens).logits, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="gpt_config_from_args of megatron-core 0.19.2 drops --rope-scaling-factor")
 def test_logits_with_llama_32_scaling(megatron, fresh_seed, tokenizer, tmp_path):
     from megatron_dmc.checkpoint import load
     from megatron_dmc.convert import to_megatron
