@@ -51,7 +51,7 @@ def serve(model, pages=None, **settings):
 
 
 @torch.no_grad()
-def without_cache(model, prompt, count, stop=()):
+def without_cache(model, prompt, count, stop=(), end=END):
     """Greedy, the whole sequence again for every token, up to the end token or a stop word."""
     tokens, found = list(prompt), []
     while len(found) < count:
@@ -59,7 +59,7 @@ def without_cache(model, prompt, count, stop=()):
         logits = model(torch.tensor([tokens], device="cuda"), positions, None, runtime_gather_output=True)
         found.append(int(logits[0, -1, :VOCABULARY].argmax()))
         tokens.append(found[-1])
-        if found[-1] == END or any(found[-len(word) :] == word for word in stop):
+        if found[-1] == end or any(found[-len(word) :] == word for word in stop):
             break
     return found
 
@@ -168,7 +168,7 @@ def test_a_prompt_goes_on_in_a_pool_that_it_fills(fresh_seed, chunk):
         llm.engine.step_modern()
     assert not llm.engine.has_unfinished_requests()
     (request,) = future.result().requests
-    assert list(request.generated_tokens) == without_cache(model, prompt, 6)
+    assert list(request.generated_tokens) == without_cache(model, prompt, 6, end=-1)
     assert llm.context.account.ratio == 1 and not llm.engine.evicted_request_count
     everything_returned(llm)
 
