@@ -35,10 +35,15 @@ def fresh_seed():
 
 @pytest.fixture(scope="session")
 def emulated_kernels(tmp_path_factory):
-    """csrc/ compiled for the CPU, once a process: a second copy of an operator is an error."""
+    """csrc/ compiled for the CPU, once for all workers, and loaded once in each."""
     from emulation import build
+    from filelock import FileLock
 
-    return build(tmp_path_factory.mktemp("emulation"))
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "emulation"
+    with FileLock(f"{folder}.lock"):
+        folder.mkdir(exist_ok=True)
+        return build(folder)
 
 
 @pytest.fixture(scope="session")

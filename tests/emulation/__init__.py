@@ -71,7 +71,9 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return c
 
 
 def build(folder: Path, page_entries: int = 16, *flags: str):
-    """Compile in `folder` and load the operators, for pages of so many entries; returns their namespace.
+    """Compile in `folder`, unless that is done, and load the operators, for pages of so many entries.
+
+    Returns their namespace.
 
     `-DMEGATRON_DMC_EMULATES_AMPERE` among the compiler's flags leaves out what decoding does from Hopper on.
 
@@ -79,7 +81,17 @@ def build(folder: Path, page_entries: int = 16, *flags: str):
         RuntimeError: with the compiler's output, if it does not compile.
     """
     name = f"megatron_dmc_emulated_{page_entries}_{len(flags)}"
-    headers = cuda_headers()
+    library = folder / "emulated.so"
+    if not library.exists():
+        _compile(library, name, page_entries, flags)
+    torch.ops.load_library(str(library))
+    for operator in ("paged_attention_", "paged_chunks_"):
+        torch.library.register_fake(f"{name}::{operator}", lambda *_: None)
+    return getattr(torch.ops, name)
+
+
+def _compile(library: Path, name: str, page_entries: int, flags: tuple[str, ...]) -> None:
+    folder, headers = library.parent, cuda_headers()
     for path in SOURCES.iterdir():
         if path.suffix in (".cu", ".cuh", ".h"):
             (folder / path.with_suffix(".cpp" if path.suffix == ".cu" else path.suffix).name).write_text(
@@ -102,8 +114,8 @@ def build(folder: Path, page_entries: int = 16, *flags: str):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda unit: run(["g++", *flags, "-c", unit, "-o", unit.with_suffix(".o")]), units))
-    library = folder / "emulated.so"
     torch_libraries = Path(torch.__file__).parent / "lib"
+    partial = library.with_suffix(".partial")
     # Bsymbolic: the runtime of runtime.cpp, not the one that torch has loaded.
     run(
         [
@@ -114,10 +126,7 @@ def build(folder: Path, page_entries: int = 16, *flags: str):
             f"-L{torch_libraries}",
             "-ltorch_cpu",
             "-o",
-            library,
+            partial,
         ]
     )
-    torch.ops.load_library(str(library))
-    for operator in ("paged_attention_", "paged_chunks_"):
-        torch.library.register_fake(f"{name}::{operator}", lambda *_: None)
-    return getattr(torch.ops, name)
+    partial.rename(library)
