@@ -166,24 +166,23 @@ class Command:
 
 
 def latest_iteration(folder: str | Path) -> int | None:
-    """The iteration of the last whole checkpoint in a folder, by Megatron's tracker file; `None` where it has none.
+    """The iteration of the last whole checkpoint in a folder, as a run would go on from; `None` where it has no tracker.
 
     Raises:
-        DMCError: for a tracker that names no iteration, such as a converted model's (`release`).
+        DMCError: for a tracker that names no iteration, such as a converted model's (`release`), or where no
+            checkpoint is whole.
     """
-    tracker = Path(folder) / resume.TRACKER
+    folder = Path(folder)
     try:
-        text = tracker.read_text().strip()
+        text = resume.tracked(folder)
     except FileNotFoundError:
         return None
-    if not text:  # writing it was cut short
-        return resume.checkpoint_to_resume(tracker.parent)[0]
-    if not text.isdigit():
+    if text and not resume.is_iteration(text):  # without text: writing it was cut short
         raise DMCError(
-            f"{tracker} holds {text!r}, where a stage's own checkpoint has its iteration: "
+            f"{folder / resume.TRACKER} holds {text!r}, where a stage's own checkpoint has its iteration: "
             "name another folder with --output"
         )
-    return int(text)
+    return resume.checkpoint_to_resume(folder)[0]
 
 
 @dataclass(frozen=True)
