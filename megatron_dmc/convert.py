@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,8 +24,9 @@ import yaml
 from torch import Tensor
 
 from megatron_dmc import nvidia
-from megatron_dmc.config import DMCError
+from megatron_dmc.config import DMCConfig, DMCError
 from megatron_dmc.distributed_checkpoint import Reader, write
+from megatron_dmc.exported import CARD, CODE, model_card, read_report, with_dmc, without_dmc, write_code
 from megatron_dmc.families import Architecture, Chunk, size_in_bytes
 from megatron_dmc.hugging_face import CONFIG, DTYPES, INDEX, HuggingFaceFolder, read_json, write_safetensors
 from megatron_dmc.resume import TRACKER
@@ -50,6 +51,8 @@ COMPANIONS += ("generation_config.json",)
 def to_megatron(source: Path, target: Path, overwrite: bool = False) -> Architecture:
     """Convert a folder of Hugging Face (`config.json`, `*.safetensors`) to a checkpoint of Megatron.
 
+    From an exported DMC model, DMC's settings become the checkpoint's.
+
     Args:
         source: the folder; it is also where the checkpoint's arguments look for the tokenizer.
         target: gets the checkpoint as `release`, the tracker file, and the model's flags as `model.yaml`.
@@ -61,10 +64,13 @@ def to_megatron(source: Path, target: Path, overwrite: bool = False) -> Architec
     source = Path(source).resolve()
     with ExitStack() as stack:
         files = HuggingFaceFolder(source, stack)
-        model = Architecture.from_config(files.config, str(source / CONFIG))
+        config, dmc = without_dmc(files.config, str(source / CONFIG))
+        model = Architecture.from_config(config, str(source / CONFIG))
         chunks = list(model.chunks())
         dtypes = files.check(model, chunks)
         args = _arguments(model, source, dtypes)
+        if dmc.merges:
+            vars(args).update(asdict(dmc))
         _prepare(target, source, overwrite, MADE)
         _write_megatron(target, model, chunks, dtypes, args, lambda c: c.join([files.read(name) for name in c.sources]))
     shutil.copyfile(source / CONFIG, target / RELEASE / KEPT_CONFIG)
@@ -139,8 +145,12 @@ def to_hugging_face(
     like: Path | None = None,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    report: Path | None = None,
 ) -> tuple[Architecture, str]:
     """Convert a checkpoint of Megatron, of any parallel layout, to a folder for transformers.
+
+    A checkpoint of the stage retrofit, finished or not, or finetune becomes a model with a compressed cache: the folder
+    gets its code (`megatron_dmc.remote_code`) and a model card. One of zero-out is refused, as generation does.
 
     `config.json` is that of the original model where there is one of the same architecture (`like`, the copy that
     `to_megatron` kept, or the folder that the checkpoint has its tokenizer from); otherwise it says what the
@@ -152,6 +162,7 @@ def to_hugging_face(
         like: a folder with the original `config.json`.
         overwrite: replace what an earlier conversion left in `target`.
         shard_bytes: the size up to which tensors share a file.
+        report: of a DMC model, the report.json with the losses for the model card.
 
     Returns:
         The model, and what was done about its configuration and tokenizer.
@@ -165,9 +176,19 @@ def to_hugging_face(
     from megatron_dmc.checkpoint import find_checkpoint
 
     source = find_checkpoint(source)
-    args = dist_checkpointing.load_common_state_dict(str(source)).get("args")
+    common = dist_checkpointing.load_common_state_dict(str(source))
+    args = common.get("args")
     if args is None:
         raise DMCError(f"{source} holds no arguments that say what model it is")
+    dmc = DMCConfig.from_args(args)
+    if dmc.dmc_stage is not None and not dmc.merges:
+        raise DMCError(
+            f"{source} has been trained with dmc_stage = {dmc.dmc_stage}: it is no longer a plain model, and its cache "
+            "does not compress before the stage retrofit. Convert a checkpoint of that stage, or of finetune"
+        )
+    if report is not None and not dmc.merges:
+        raise DMCError(f"a report is for the model card of a DMC model, and {source} has been trained without DMC")
+    measured = None if report is None else read_report(report)
     reader = Reader(source)
     rows = reader.shape("embedding.word_embeddings.weight")[0]
     model = Architecture.from_args(args, rows, str(source))
@@ -180,7 +201,9 @@ def to_hugging_face(
     kinds = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
     if not set(dtypes.values()) <= set(DTYPES.values()):
         raise DMCError(f"{source} has tensors of {', '.join(kinds)}; convert knows float32, bfloat16 and float16")
-    _prepare(target, source, overwrite, (CONFIG, INDEX, "*.safetensors"))
+    # A card is replaced with the code that it belongs to: another README.md is the user's.
+    card = (CARD,) if any((target / name).exists() for name in CODE) else ()
+    _prepare(target, source, overwrite, (CONFIG, INDEX, "*.safetensors", *card, *CODE))
 
     tensors = {name: (chunk, i) for chunk in chunks for i, name in enumerate(chunk.sources)}
     split = split_state_dict_into_shards_factory(
@@ -210,6 +233,14 @@ def to_hugging_face(
     if len(kinds) == 1:
         config["dtype" if "dtype" in config else "torch_dtype"] = kinds[0]
     notes += _copy_tokenizer([like, Path(args.tokenizer_model) if args.tokenizer_model else None], target)
+    if dmc.merges:
+        config = with_dmc(config, dmc)
+        write_code(target)
+        notes += "; with a compressed cache, for trust_remote_code=True"
+        if (target / CARD).exists():
+            notes += f"; no model card, since there is a {CARD} of another origin"
+        else:
+            (target / CARD).write_text(model_card(model, dmc, common, measured))
     (target / CONFIG).write_text(json.dumps(config, indent=2) + "\n")  # last: it makes a folder a model
     return model, notes
 
@@ -267,6 +298,7 @@ def _configuration(
             continue
         config = read_json(path)
         try:
+            config, _ = without_dmc(config, str(path))
             original = Architecture.from_config(config, str(path))
         except DMCError:
             if like is not None:

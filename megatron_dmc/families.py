@@ -202,11 +202,6 @@ class Architecture:
         Raises:
             DMCError: for a model that none of the families has.
         """
-        if getattr(args, "dmc_stage", None) is not None:
-            raise DMCError(
-                f"{where} has been trained with dmc_stage = {args.dmc_stage}: its weights are made for a compressed "
-                "cache, which transformers' classes do not have. Convert the checkpoint of a run without --dmc-stage"
-            )
         _refuse(
             where,
             [

@@ -166,7 +166,7 @@ class Command:
 
 
 def latest_iteration(folder: str | Path) -> int | None:
-    """The iteration of the last whole checkpoint in a folder, as a run would go on from; `None` where it has no tracker.
+    """The iteration of the last whole checkpoint in a folder, where a run goes on; `None` where it has no tracker.
 
     Raises:
         DMCError: for a tracker that names no iteration, such as a converted model's (`release`), or where no

@@ -388,8 +388,9 @@ def test_targets_and_sources_that_are_refused(small, tmp_path):
     from megatron_dmc.config import DMCError
     from megatron_dmc.convert import to_hugging_face, to_megatron
 
-    def command(source, like=None):
-        convert(Namespace(source=source, target=tmp_path / "out", like=like, overwrite=False, tokenizer=None))
+    def command(source, **options):
+        defaults = dict(like=None, overwrite=False, tokenizer=None, report=None)
+        convert(Namespace(source=source, target=tmp_path / "out", **defaults | options))
 
     source, middle = tmp_path / "hf", tmp_path / "megatron"
     shutil.copytree(small, source)
@@ -412,6 +413,8 @@ def test_targets_and_sources_that_are_refused(small, tmp_path):
         (lambda: to_hugging_face(middle, tmp_path / "out", like=other), "is of another model than"),
         (lambda: to_hugging_face(middle, tmp_path / "out", like=tmp_path / "empty"), "cannot read"),
         (lambda: command(source, like=source), "--like is for the way back"),
+        (lambda: command(source, report=source), "--report is for the model card of a DMC model"),
+        (lambda: command(middle, report=source), "has been trained without DMC"),
         (lambda: command(tmp_path / "none"), "no folder"),
     ):
         with pytest.raises(DMCError) as error:
@@ -440,7 +443,6 @@ def test_arguments_that_are_refused(small, tmp_path):
         (dict(num_experts=8), "num_experts is 8, and must be None"),
         (dict(normalization="LayerNorm", swiglu=False), "normalization is 'LayerNorm', and must be RMSNorm; swiglu"),
         (dict(add_qkv_bias=True, qk_layernorm=True), "of the families none has both"),
-        (dict(dmc_stage="finetune"), "dmc_stage = finetune"),
     ):
         with pytest.raises(DMCError) as error:
             Architecture.from_args(Namespace(**args | change), 261, "checkpoint")

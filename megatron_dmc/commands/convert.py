@@ -15,6 +15,7 @@ EXAMPLES = """\
 examples:
   megatron-dmc convert models/Llama-3.1-8B checkpoints/llama-3.1-8b   # for --load, or a recipe's checkpoints.original
   megatron-dmc convert checkpoints/trained models/trained             # for transformers' from_pretrained
+  megatron-dmc convert checkpoints/dmc-4x models/dmc-4x               # the same, with trust_remote_code=True
   megatron-dmc convert nvidia/Llama-2-7B-DMC-4x checkpoints/dmc-4x --tokenizer models/Llama-2-7b-hf
 
 To Megatron: any parallel layout, with Transformer Engine or without, loads the checkpoint (--ckpt-format torch_dist).
@@ -22,6 +23,8 @@ The model's flags, which a run must be given, are left beside it as the part `mo
 Training looks for the tokenizer in HF_FOLDER.
 Back: the latest checkpoint under SOURCE, or one iter_… folder, of any layout. config.json and the tokenizer are those
 of the folder that the model came from, where it is still there.
+A checkpoint of the stage retrofit (finished or not) or finetune becomes a model with a compressed cache, whose code and
+model card (README.md) are in the folder; converted to Megatron again it keeps DMC's settings. zero-out is refused.
 Tensors keep their dtype. Memory holds one of them at a time."""
 
 
@@ -42,6 +45,9 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer", metavar="HF_FOLDER", type=Path, help="from NVIDIA's DMC checkpoints: where the tokenizer is"
     )
+    parser.add_argument(
+        "--report", metavar="JSON", type=Path, help="of a DMC model: what megatron-dmc report found, for the model card"
+    )
     convert(parser.parse_args())
 
 
@@ -60,6 +66,9 @@ def convert(options: argparse.Namespace) -> None:
     from_nvidia = nvidia.find(source) is not None
     if options.tokenizer is not None and not from_nvidia:
         raise DMCError(f"--tokenizer is for NVIDIA's DMC checkpoints; {source} has no {nvidia.FILE}")
+    to_megatrons = from_nvidia or (source / CONFIG).is_file()
+    if options.report is not None and to_megatrons:
+        raise DMCError("--report is for the model card of a DMC model that becomes Hugging Face's")
     if from_nvidia:
         if options.tokenizer is None:
             raise DMCError(
@@ -67,12 +76,12 @@ def convert(options: argparse.Namespace) -> None:
             )
         model = nvidia_to_megatron(source, target, options.tokenizer, options.overwrite)
         made = f"{target / RELEASE}; the model's flags: {target / 'model.yaml'}"
-    elif (source / CONFIG).is_file():
+    elif to_megatrons:
         if options.like is not None:
             raise DMCError("--like is for the way back; to Megatron, config.json is the source's")
         model = to_megatron(source, target, options.overwrite)
         made = f"{target / RELEASE}; the model's flags: {target / 'model.yaml'}"
     else:
-        model, notes = to_hugging_face(source, target, options.like, options.overwrite)
+        model, notes = to_hugging_face(source, target, options.like, options.overwrite, report=options.report)
         made = f"{target}; {notes}"
     print(f"{model.model_type}, {model.layers} layers, {model.vocabulary:,} rows in the embedding: {made}")
