@@ -125,13 +125,13 @@ def load(
     start_megatron(tensor_model_parallel_size, pipeline_model_parallel_size)
     _adapt(args, tensor_model_parallel_size, pipeline_model_parallel_size)
     tokenizer = _tokenizer(args, tokenizer_model, padding)
-    model = _build(args, dmc)
-    _read(model, path)
+    model = build_model(args, dmc)
+    read_weights(model, path)
     return LoadedModel(model.eval(), tokenizer, args, dmc)
 
 
-def _read(model: torch.nn.Module, path: Path) -> None:
-    """The checkpoint's weights into the model.
+def read_weights(model: torch.nn.Module, path: Path) -> None:
+    """The weights of a checkpoint, see `find_checkpoint`, into the model.
 
     Raises:
         DMCError: for weights that the checkpoint lacks.
@@ -248,7 +248,13 @@ def _tokenizer(args: Namespace, tokenizer_model: str | None, padding: int) -> An
     return tokenizer
 
 
-def _build(args: Namespace, dmc: DMCConfig) -> Any:
+def build_model(args: Namespace, dmc: DMCConfig, perform_initialization: bool = True) -> torch.nn.Module:
+    """The model that arguments describe, this rank's part of it, on its device.
+
+    Args:
+        dmc: without a stage, the model is Megatron's own.
+        perform_initialization: draw random weights.
+    """
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
@@ -259,6 +265,7 @@ def _build(args: Namespace, dmc: DMCConfig) -> Any:
         from megatron_dmc.spec import dmc_layer_spec
 
         config.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
+    config.transformer.perform_initialization = perform_initialization
     config.finalize()
     model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     return model.to(device=torch.cuda.current_device(), dtype=args.params_dtype)

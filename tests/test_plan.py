@@ -113,6 +113,16 @@ def test_a_plan_computed_by_hand(tiny):
     assert split.memory.activations == pytest.approx(alone.memory.activations / 2)
     assert split.memory.optimizer == pytest.approx(alone.memory.optimizer / 2)
 
+    # A teacher: weights in bf16 and twice the logits, and a forward pass more.
+    taught = make_plan(options(tiny(), "--gpus", 4, "--set=dmc-teacher=checkpoints/base"))
+    without = make_plan(options(tiny(), "--gpus", 4))
+    with pytest.raises(DMCError, match="--dmc-teacher does not go with --pipeline-model-parallel-size above 1"):
+        make_plan(options(tiny(), "--gpus", 8, "--set=dmc-teacher=checkpoints/base"))
+    logits = taught.layout["micro_batch_size"] * taught.layout["sequence_length"] * 100 / 2
+    assert taught.memory.teacher == pytest.approx(taught.memory.weights + 4 * logits) and without.memory.teacher == 0
+    assert taught.flops["retrofit"] == pytest.approx(without.flops["retrofit"] * 4 / 3)
+    assert "teacher" in taught.as_text() and "teacher" not in without.as_text()
+
     # Full recomputation keeps the inputs of layers, and one layer's activations while it computes them again. What is
     # left then is most on the last stage, which has the logits.
     full = make_plan(options(tiny(), "--gpus", 8, "--set=recompute-granularity=full",

@@ -61,10 +61,16 @@ class Memory:
     optimizer: float
     activations: float
     dmc: float
+    teacher: float
 
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
+
+    @property
+    def parts(self) -> str:
+        """Those that there are, in GiB."""
+        return ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(self).items() if size)
 
 
 @dataclass(frozen=True)
@@ -155,8 +161,7 @@ class Plan:
             f"expert {at['expert_parallel']}, data {at['data_parallel']}",
             f"batch       {at['global_batch_size']:,} sequences of {at['sequence_length']:,} tokens: each replica "
             f"{at['micro_batches']} micro-batches of {at['micro_batch_size']}",
-            f"memory      {memory.total / GIB:.1f} GiB per GPU (estimate): "
-            + ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(memory).items()),
+            f"memory      {memory.total / GIB:.1f} GiB per GPU (estimate): " + memory.parts,
             f"time        estimated at {self.assumptions['mfu']:.0%} of {self.assumptions['gpu_tflops']:g} TFLOP/s",
             "",
             f"{'stage':10}{'iterations':>12}{'tokens':>12}{'FLOP':>12}{'GPU-hours':>12}{'days':>8}",
@@ -195,11 +200,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
     memory = max(map(estimate_memory, args.values()), key=lambda memory: memory.total)
     available = options.gpu_memory_gib * GIB * FILLED
     if memory.total > available:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(memory).items())
         raise DMCError(
             f"{launch.recipe.name} on {launch.gpus} GPUs is estimated to take {memory.total / GIB:.1f} GiB per GPU "
-            f"({parts}); {available / GIB:.1f} of {options.gpu_memory_gib:g} GiB may be filled: use more GPUs, or "
-            "--set a larger tensor-model-parallel-size, pipeline-model-parallel-size or context-parallel-size, or a "
+            f"({memory.parts}); {available / GIB:.1f} of {options.gpu_memory_gib:g} GiB may be filled: use more GPUs, "
+            "or --set a larger tensor-model-parallel-size, pipeline-model-parallel-size or context-parallel-size, or a "
             "smaller micro-batch-size, or recompute activations (--set recompute-granularity=full "
             "--set recompute-method=uniform --set recompute-num-layers=1)"
         )
@@ -246,6 +250,7 @@ def megatron_arguments(command: Command, gpus: int) -> argparse.Namespace:
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     from megatron_dmc.attention import check_model
+    from megatron_dmc.distillation import Teacher
 
     try:
         args = _parser().parse_args(command.training())
@@ -281,6 +286,7 @@ def megatron_arguments(command: Command, gpus: int) -> argparse.Namespace:
         lines = said.getvalue().strip().splitlines() or [f"it ended with {error.code}"]
         raise DMCError(f"Megatron refuses the arguments of {command.stage}: {lines[-1]}") from error
     check_model(config.transformer)
+    Teacher.from_args(args)
     stages = args.pipeline_model_parallel_size
     if args.virtual_pipeline_model_parallel_size is not None and _micro_batches(args) % stages:
         raise DMCError(
@@ -296,10 +302,14 @@ def _micro_batches(args: argparse.Namespace) -> int:
 
 
 def _flops(args: argparse.Namespace) -> float:
-    """The model's floating-point operations in an iteration, by Megatron's own count (recomputation not counted)."""
+    """Floating-point operations in an iteration, by Megatron's own count (recomputation not counted).
+
+    A teacher's forward pass is a third of a training step's.
+    """
     from megatron.training.training import num_floating_point_operations
 
-    return num_floating_point_operations(copy.copy(args), args.global_batch_size)
+    passes = 4 / 3 if args.dmc_teacher else 1
+    return passes * num_floating_point_operations(copy.copy(args), args.global_batch_size)
 
 
 def estimate_memory(args: argparse.Namespace) -> Memory:
@@ -323,7 +333,12 @@ def estimate_memory(args: argparse.Namespace) -> Memory:
     parameters = weights_and_optimizer(distributed=False) / 18
     state = weights_and_optimizer(args.use_distributed_optimizer)
     activations, dmc = estimate_activations(args)
-    return Memory(2 * parameters, 4 * parameters, state - 6 * parameters, activations, dmc)
+    teacher = 0.0
+    if args.dmc_teacher:  # its weights, and logits of a micro-batch twice: its own, and the gradient in another copy
+        tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
+        logits = tokens * args.padded_vocab_size / args.tensor_model_parallel_size
+        teacher = 2 * parameters + 2 * 2 * logits
+    return Memory(2 * parameters, 4 * parameters, state - 6 * parameters, activations, dmc, teacher)
 
 
 def estimate_activations(args: argparse.Namespace) -> tuple[float, float]:

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from megatron_dmc import distillation
 from megatron_dmc.config import DMCConfig, DMCError, add_flags
 from megatron_dmc.cpu import default_environment, emulate_cuda
+from megatron_dmc.distillation import Teacher
 
 EXAMPLES = """\
 Megatron's training loop: every Megatron argument, and the --dmc-… flags (at the end of this page).
@@ -73,8 +75,9 @@ def main() -> None:
 
             model.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
     _datasets.is_distributed = True
+    forward_step = partial(_forward_step, Teacher.from_args(args))
     try:
-        pretrain(pretrain_cfg_container_from_args(args, model), _datasets, ModelType.encoder_or_decoder, _forward_step)
+        pretrain(pretrain_cfg_container_from_args(args, model), _datasets, ModelType.encoder_or_decoder, forward_step)
     finally:
         if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
             torch.distributed.destroy_process_group()
@@ -90,7 +93,7 @@ def _arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.usage = "torchrun … -m megatron_dmc train [--dmc-stage STAGE] [MEGATRON'S ARGUMENTS]"
     parser.description = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    return add_flags(parser)
+    return distillation.add_flags(add_flags(parser))
 
 
 def _check_checkpoint_exists(args: argparse.Namespace) -> None:
@@ -159,20 +162,25 @@ def _check_vocabulary(prefixes: list[str], tokenizer) -> None:
                 )
 
 
-def _forward_step(data_iterator, model):
+def _forward_step(teacher: Teacher | None, data_iterator, model):
     """One micro-batch: the model's losses per token and the function that sums them."""
     from megatron.core.utils import get_attr_wrapped_model
+    from megatron.training import get_args
 
     batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
-    losses = model(
-        batch.get("tokens"),
-        batch.get("position_ids"),
-        batch.get("attention_mask"),
-        labels=batch.get("labels"),
-        loss_mask=batch.get("loss_mask"),
-        packed_seq_params=_packed(batch),
+    inputs = [batch.get(name) for name in ("tokens", "position_ids", "attention_mask")]
+    packed, loss_mask = _packed(batch), batch.get("loss_mask")
+    if teacher is None or not model.training:
+        losses = model(*inputs, labels=batch.get("labels"), loss_mask=loss_mask, packed_seq_params=packed)
+        return losses, partial(_loss, loss_mask, {"lm loss": losses})
+    expected = teacher.logits(*inputs, packed_seq_params=packed)
+    half = dict(fp32_output=False) if get_args().bf16 or get_args().fp16 else {}  # of the wrapper that there is then
+    logits = model(*inputs, packed_seq_params=packed, **half)
+    cross_entropy = get_attr_wrapped_model(model, "compute_language_model_loss")(
+        batch["labels"], logits.transpose(0, 1).contiguous()
     )
-    return losses, partial(_loss, batch.get("loss_mask"))
+    losses, apart = teacher.losses(logits, expected, cross_entropy)
+    return losses, partial(_loss, loss_mask, {"lm loss": cross_entropy, "distillation loss": apart})
 
 
 def _packed(batch: dict[str, torch.Tensor]) -> Any:
@@ -251,13 +259,17 @@ def _batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor]:
     )
 
 
-def _loss(loss_mask: torch.Tensor, losses: torch.Tensor):
-    """Sum of the losses, the number of tokens that count, and both for the log."""
+def _loss(loss_mask: torch.Tensor, shown: dict[str, torch.Tensor], losses: torch.Tensor):
+    """Sum of the losses, the number of tokens that count, and for the log that number with each of the sums `shown`."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
 
     mask = loss_mask.view(-1).float()
-    loss = torch.sum(losses.view(-1).float() * mask)
+
+    def summed(values: torch.Tensor) -> torch.Tensor:
+        return torch.sum(values.view(-1).float() * mask)
+
+    loss = summed(losses)
     tokens = mask.sum().detach().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
         for rejected in (torch.isnan, torch.isinf):
@@ -268,4 +280,5 @@ def _loss(loss_mask: torch.Tensor, losses: torch.Tensor):
                 tolerance=0.0,
                 fatal=True,
             )
-    return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
+    sums = {name: torch.stack([summed(values.detach()), tokens]) for name, values in shown.items()}
+    return loss, tokens, sums
