@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "Megatron's training loop with DMC: every Megatron argument and --dmc-…",
     "generate": "continue prompts from a compressed cache",
     "serve": "an HTTP server with OpenAI's interface",
-    "report": "what compression costs a checkpoint, and which heads compress how much",
+    "report": "what compression costs a checkpoint, and which heads compress how much, and where segments end",
     "evaluate": "perplexity, recall, and tasks of lm-evaluation-harness, with compression and without",
     "plan": "what a recipe takes on a number of GPUs: layout, memory, GPU-hours and its commands",
     "run": "carry a recipe out: the three stages, from wherever they were left",

@@ -22,6 +22,9 @@ from megatron_dmc.text import find_files, read_documents
 CHUNK = 16
 """Tokens that enter the cache at once: few, so that nearly all that a token attends to is read from entries."""
 
+SAMPLE = 500
+"""Tokens at most, from the beginning of the first window, whose decisions are kept one by one."""
+
 
 @dataclass
 class Compressed:
@@ -33,6 +36,10 @@ class Compressed:
         tokens: tokens that entered each head's caches.
         segment_lengths: `segment_lengths[n]` entries stand for `n` tokens each.
         entry_bytes: bytes of the entries of all heads and layers.
+        followed: `[vocabulary]` int64, how often each token stands in the windows with another one behind it.
+        closings: `[layers, vocabulary]` int64, how often it was then the last of its segment, in any KV head.
+        sample: bool `[n, layers, KV heads]`, which of the first window's first `n = min(s, SAMPLE)` tokens merged into
+            the entry before them.
     """
 
     loss: float
@@ -40,6 +47,9 @@ class Compressed:
     tokens: int
     segment_lengths: np.ndarray = field(repr=False)
     entry_bytes: int
+    followed: np.ndarray = field(repr=False)
+    closings: np.ndarray = field(repr=False)
+    sample: np.ndarray = field(repr=False)
 
     @property
     def ratios(self) -> np.ndarray:
@@ -106,6 +116,8 @@ def loss_compressed(loaded: LoadedModel, windows: torch.Tensor) -> Compressed:
     layers = dmc_layers([loaded.model])
     total, entries, entry_bytes = 0.0, 0, 0
     lengths = np.zeros(windows.shape[1], dtype=np.int64)
+    vocabulary, sample = loaded.args.padded_vocab_size, []
+    closings = torch.zeros(len(layers), vocabulary, dtype=torch.int64, device=loaded.device)
     for rows in _batches(windows):
         context = StaticInferenceContext(len(rows), windows.shape[1] - 1)
         decisions: dict[int, list] = {layer.layer_number: [] for layer in layers}
@@ -122,10 +134,25 @@ def loss_compressed(loaded: LoadedModel, windows: torch.Tensor) -> Compressed:
         caches = [context.key_value_memory_dict[layer.layer_number] for layer in layers]
         entries = entries + np.stack([c.lengths.sum(0).cpu().numpy() for c in caches])
         entry_bytes += sum(c.entry_bytes for c in caches)
-        for alphas in decisions.values():
-            lengths += _segment_lengths(torch.cat(alphas), len(lengths))
+        for layer, alphas in enumerate(decisions.values()):
+            alpha = torch.cat(alphas)
+            lengths += _segment_lengths(alpha, len(lengths))
+            # The last token that entered has no successor to close its segment, and behind it stands the last target.
+            followed = rows[:, :-2].T.flatten().to(alpha.device)
+            closings[layer].index_add_(0, followed, (alpha[1:] == 0).sum(-1).flatten())
+            if len(sample) < len(layers):
+                sample.append(alpha[:SAMPLE, 0].bool().cpu())
     tokens = windows[:, 1:].numel()
-    return Compressed(total / tokens, entries, tokens, lengths, entry_bytes)
+    return Compressed(
+        loss=total / tokens,
+        entries=entries,
+        tokens=tokens,
+        segment_lengths=lengths,
+        entry_bytes=entry_bytes,
+        followed=windows[:, :-2].flatten().bincount(minlength=vocabulary).cpu().numpy(),
+        closings=closings.cpu().numpy(),
+        sample=torch.stack(sample, 1).numpy(),
+    )
 
 
 @torch.no_grad()

@@ -151,6 +151,10 @@ def test_report(checkpoints, corpus, tmp_path):
     assert sum(segments) == pytest.approx(600 * 8 / mean)  # one entry each
     assert sum(n * length for length, n in enumerate(segments)) == 600 * 8  # every token is in one of them
     assert f"{report['loss_compressed']:.4f}" in run.output and f"{report['loss_uncompressed']:.4f}" in run.output
+    closings = report["closings"]
+    assert closings["tokens"] == 600 - 600 // 24 and closings["closings"] == sum(segments) - 8 * 600 // 24
+    assert {"letter", "space ' '"} <= {row["ends_with"] for row in closings["characters"]}
+    assert "letter  " in run.output and 'id="overview"' in (tmp_path / "report.html").read_text(encoding="utf-8")
     by_text = dmc(
         "report", checkpoints / "dmc", "--text", "megatron_dmc/cli.py", "--output", tmp_path, "--max-tokens", 100
     )

@@ -1,4 +1,4 @@
-"""`megatron-dmc report`: what compression costs on held-out text, and which heads compress how much."""
+"""`megatron-dmc report`: what compression costs on held-out text, which heads compress how much, and where they cut."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 from pathlib import Path
+
+import numpy as np
 
 from megatron_dmc.config import DMCError
 from megatron_dmc.cpu import emulate_cuda
@@ -17,7 +19,15 @@ examples:
 
 CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. Each window
 of --seq-length tokens is read through an empty cache that hard decisions compress. --output receives report.json and
-report.png: ratio per layer and head, and how many tokens an entry stands for."""
+report.png: ratio per layer and head, how many tokens an entry stands for, and which characters end these segments; and
+report.html: the beginning of the text with the segments that every layer and head made of it."""
+
+LEAST_TOKENS = 100
+"""Fewer tokens give a character no rate. The standard error of a rate of so many independent tokens is at most 0.05,
+even where all heads decide alike: so it is tokens that count here, not tokens of each head."""
+
+ROWS = 20
+"""Characters in the table at most, the most frequent ones."""
 
 
 def main() -> None:
@@ -35,7 +45,7 @@ def main() -> None:
         "--max-tokens", type=int, default=1_000_000, help="stop after about so many (default: 1,000,000)"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("."), help="folder for report.json and report.png (default: .)"
+        "--output", type=Path, default=Path("."), help="folder for report.json, report.png and report.html (default: .)"
     )
     parser.add_argument("--tokenizer-model", help="where the tokenizer is now, if it has moved since training")
     args = parser.parse_args()
@@ -49,7 +59,10 @@ def main() -> None:
         raise DMCError("report runs in one process: start it without torchrun")
     emulate_cuda()
     from megatron_dmc.checkpoint import load
-    from megatron_dmc.evaluation import read_windows
+    from megatron_dmc.evaluation import loss_compressed, loss_uncompressed, read_windows
+    from megatron_dmc.report_page import page
+    from megatron_dmc.report_picture import draw
+    from megatron_dmc.token_text import TokenText
 
     loaded = load(args.checkpoint, tokenizer_model=args.tokenizer_model)
     length = args.seq_length or loaded.args.seq_length
@@ -57,34 +70,97 @@ def main() -> None:
         raise DMCError(f"--seq-length {length} exceeds the model's {loaded.args.max_position_embeddings} positions")
     windows = read_windows(loaded, length, text=args.text, data=args.data_path, limit=args.max_tokens)
     args.output.mkdir(parents=True, exist_ok=True)
-    report = measure(loaded, windows)
-    print(table(report))
-    (args.output / "report.json").write_text(json.dumps({"checkpoint": args.checkpoint, **report}, indent=2) + "\n")
-    draw(report, args.output / "report.png")
-    print(f"\nwrote {args.output / 'report.json'} and {args.output / 'report.png'}")
-
-
-def measure(loaded, windows) -> dict:
-    """What report.json holds: losses over `windows` `[n, s + 1]` with and without compression, and every ratio."""
-    from megatron_dmc.evaluation import loss_compressed, loss_uncompressed, perplexity
-
     compressed = loss_compressed(loaded, windows)
-    uncompressed = loss_uncompressed(loaded, windows)
+    report = {"checkpoint": args.checkpoint} | summary(
+        compressed, loss_uncompressed(loaded, windows), length, loaded.dmc
+    )
+    written = [args.output / name for name in ("report.json", "report.png", "report.html")]
+    try:
+        text = TokenText(loaded.tokenizer)
+        report["closings"] = closings(compressed, text)
+        pieces = text.pieces(windows[0, : len(compressed.sample)].tolist())
+        written[2].write_text(page(pieces, compressed.sample, typical_head(compressed), report), encoding="utf-8")
+    except DMCError as error:
+        report["closings"] = None
+        written.pop().unlink(missing_ok=True)  # it would be of an earlier report
+        print(f"without characters and report.html: {error}\n")
+    print(table(report))
+    written[0].write_text(json.dumps(report, indent=2) + "\n")
+    draw(report, written[1])
+    print(f"\nwrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
+
+
+def summary(compressed, loss_uncompressed: float, window: int, dmc) -> dict:
+    """What report.json holds of the text as a whole: losses in nats with and without compression, and every ratio.
+
+    Args:
+        compressed: a `Compressed` of windows of `window` tokens.
+        loss_uncompressed: of the same windows.
+        dmc: the model's `DMCConfig`.
+    """
+    from megatron_dmc.evaluation import perplexity
+
     return {
-        "target_ratio": loaded.dmc.dmc_cr,
+        "target_ratio": dmc.dmc_cr,
         "compression_ratio": compressed.ratio,
         "loss_compressed": compressed.loss,
-        "loss_uncompressed": uncompressed,
+        "loss_uncompressed": loss_uncompressed,
         "perplexity_compressed": perplexity(compressed.loss),
-        "perplexity_uncompressed": perplexity(uncompressed),
+        "perplexity_uncompressed": perplexity(loss_uncompressed),
         "tokens": compressed.tokens,
-        "window": windows.shape[1] - 1,
+        "window": window,
         "cache_bytes": compressed.entry_bytes,
         "cache_bytes_uncompressed": round(compressed.entry_bytes * compressed.ratio),
         "ratio_by_layer_and_head": compressed.ratios.tolist(),
         "ratio_by_layer": (compressed.tokens / compressed.entries.mean(1)).tolist(),
         "segments_by_length": compressed.segment_lengths.tolist(),
     }
+
+
+def closings(compressed, text) -> dict:
+    """How often a token is the last of its segment, by the last character of its text.
+
+    That is where the next token appends an entry of its own; the last token of a window has no next one and is left
+    out. A rate is a share of tokens and KV heads, over all layers or of one. That of all tokens is the reciprocal of
+    the compression ratio, but for the windows' ends.
+
+    Args:
+        compressed: a `Compressed`.
+        text: the `TokenText` of the model's tokenizer.
+
+    Returns:
+        Counts and rates of all tokens, and as `characters` those of each character that at least `LEAST_TOKENS` tokens
+        end with, the most frequent first. `closings` counts KV heads of all layers, `tokens` does not. `rarer` counts
+        the other characters' tokens.
+    """
+    layers, heads = compressed.entries.shape
+    ids = compressed.followed.nonzero()[0]
+    names, which = np.unique([text.last_character(int(token)) for token in ids], return_inverse=True)
+    tokens = np.bincount(which, compressed.followed[ids], len(names)).astype(int)
+    closed = np.stack([np.bincount(which, row[ids], len(names)).astype(int) for row in compressed.closings], 1)
+
+    def counts(tokens: int, closed: np.ndarray) -> dict:
+        rates = closed / (tokens * heads) if tokens else np.zeros(layers)
+        return {
+            "tokens": int(tokens),
+            "closings": int(closed.sum()),
+            "rate": float(rates.mean()),
+            "rate_by_layer": rates.tolist(),
+        }
+
+    frequent = [i for i in np.argsort(-tokens, kind="stable") if tokens[i] >= LEAST_TOKENS]
+    return {
+        "least_tokens": LEAST_TOKENS,
+        **counts(tokens.sum(), closed.sum(0)),
+        "characters": [{"ends_with": str(names[i]), **counts(tokens[i], closed[i])} for i in frequent],
+        "rarer": int(tokens.sum() - tokens[frequent].sum()),
+    }
+
+
+def typical_head(compressed) -> tuple[int, int]:
+    """The layer and KV head, both from 0, whose ratio is nearest to that of all."""
+    distance = np.abs(np.log(compressed.ratios / compressed.ratio))
+    return tuple(map(int, np.unravel_index(distance.argmin(), distance.shape)))
 
 
 def table(report: dict) -> str:
@@ -103,51 +179,23 @@ def table(report: dict) -> str:
     ]
     for layer, (mean, row) in enumerate(zip(report["ratio_by_layer"], ratios, strict=True), 1):
         lines.append(f"{layer:5}{mean:9.2f}" + "".join(f"{ratio:9.2f}" for ratio in row))
+    if report["closings"] is not None:
+        lines += ["", *_table_of_closings(report["closings"])]
     return "\n".join(lines)
 
 
-def draw(report: dict, path: Path) -> None:
-    """Picture of a report: a heat map of ratios over layers and heads, and the distribution of segment lengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import numpy as np
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import LogNorm
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    ratios = np.array(report["ratio_by_layer_and_head"])
-    layers, heads = ratios.shape
-    image = left.imshow(ratios, cmap="viridis", aspect="auto", norm=LogNorm(1, max(2, ratios.max())))
-    if layers * heads <= 128:
-        for (layer, head), ratio in np.ndenumerate(ratios):
-            dark = ratio < ratios.max() ** 0.6
-            left.text(head, layer, f"{ratio:.3g}", ha="center", va="center", color="white" if dark else "black")
-    left.set(xlabel="KV head", ylabel="layer", title=f"tokens per cache entry (all: {report['compression_ratio']:.2f})")
-    left.set_xticks(range(0, heads, 1 if heads <= 32 else 8))
-    rows = range(0, layers, 1 if layers <= 32 else 4)
-    left.set_yticks(rows, [row + 1 for row in rows])
-    figure.colorbar(image, ax=left)
-
-    counts = np.array(report["segments_by_length"])
-    lengths = np.arange(len(counts))
-    names, entries, tokens = [], [], []
-    first = 1
-    while first < len(counts):  # 1, 2, 3-4, 5-8, …
-        last = min(1 if first == 1 else 2 * (first - 1), len(counts) - 1)
-        names.append(f"{first}" if first == last else f"{first}-{last}")
-        entries.append(counts[first : last + 1].sum() / counts.sum())
-        tokens.append((counts * lengths)[first : last + 1].sum() / (counts * lengths).sum())
-        first = last + 1
-    place = np.arange(len(names))
-    right.bar(place - 0.2, entries, 0.4, color="#3b528b", label="of entries")
-    right.bar(place + 0.2, tokens, 0.4, color="#e07b00", label="of tokens")
-    right.set_xticks(place, names, rotation=30)
-    right.set(xlabel="tokens merged into one entry", ylabel="share", title="segment lengths")
-    right.legend()
-    cost = 100 * (report["loss_compressed"] / report["loss_uncompressed"] - 1)
-    figure.suptitle(
-        f"Dynamic Memory Compression: loss {report['loss_compressed']:.4f} ({cost:+.1f}% over the model uncompressed)"
-    )
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def _table_of_closings(closings: dict) -> list[str]:
+    rows = [*closings["characters"][:ROWS], {"ends_with": "any character", **closings}]
+    width = max(20, *(len(row["ends_with"]) for row in rows))
+    lines = [f"{'tokens that end with':{width}}{'tokens':>12}{'close a segment':>17}{'to average':>12}"]
+    for row in rows:
+        share = f"×{row['rate'] / closings['rate']:.2f}" if closings["rate"] else ""
+        lines.append(f"{row['ends_with']:{width}}{row['tokens']:12,}{row['rate']:17.1%}{share:>12}")
+    more = len(closings["characters"]) - ROWS
+    return [
+        *lines,
+        f"The most frequent characters, of at least {closings['least_tokens']} tokens each"
+        + (f" ({more} more in report.json)" if more > 0 else "")
+        + ". A token closes a segment in a head where the next one",
+        "appends an entry; a window's last token counts nowhere. By layer: report.json.",
+    ]
