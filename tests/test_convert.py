@@ -447,3 +447,27 @@ def test_arguments_that_are_refused(small, tmp_path):
         with pytest.raises(DMCError) as error:
             Architecture.from_args(Namespace(**args | change), 261, "checkpoint")
         assert message in str(error.value)
+
+
+def test_rows_without_tokens(tmp_path):
+    """A published model has more rows than its tokenizer has tokens, and not many more."""
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import _add_tokenizer_args
+
+    from megatron_dmc.checkpoint import _tokenizer
+    from megatron_dmc.commands.prepare_data import train_tokenizer
+    from megatron_dmc.config import DMCError
+
+    train_tokenizer(["some text"], 257, str(tmp_path))
+
+    def opened(rows, padding):
+        args = _add_tokenizer_args(ArgumentParser()).parse_args(["--tokenizer-type", "HuggingFaceTokenizer"])
+        vars(args).update(tokenizer_model=str(tmp_path), padded_vocab_size=rows, rank=0, tensor_model_parallel_size=1)
+        args.pad_vocab_size = False
+        return _tokenizer(args, None, padding).vocab_size
+
+    assert opened(257, 1) == opened(259, 1) == opened(384, 128) == 257
+    for rows, padding in ((256, 1), (260, 1), (385, 128)):
+        with pytest.raises(DMCError, match=f"has 257 tokens, the model an embedding of {rows}"):
+            opened(rows, padding)
