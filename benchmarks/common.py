@@ -84,7 +84,7 @@ def circumstances(commit: str | None = None) -> dict:
             return None
 
     return dict(
-        gpu=torch.cuda.get_device_name(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         torch=torch.__version__,
         cuda=torch.version.cuda,

@@ -1,4 +1,4 @@
-"""The README's picture of serving, from benchmarks/results: `python benchmarks/plots.py` writes docs/serving.png."""
+"""The README's pictures, from benchmarks/results: `python benchmarks/plots.py` writes docs/serving.png, quality.png."""
 
 from __future__ import annotations
 
@@ -15,13 +15,66 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--throughput", default=RESULTS / "throughput-h100.json")
     parser.add_argument("--serving", default=RESULTS / "serving-h100.json")
-    parser.add_argument("--out", default=ROOT / "docs" / "serving.png")
+    parser.add_argument("--quality", default=RESULTS / "quality-h100.json", help="left out where it does not exist")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs", help="where the pictures go (default: docs)")
     args = parser.parse_args()
     throughput, serving = (json.loads(Path(path).read_text()) for path in (args.throughput, args.serving))
 
     import matplotlib
 
     matplotlib.use("Agg")
+    draw_serving(throughput, serving, args.folder / "serving.png")
+    if Path(args.quality).exists():
+        draw_quality(json.loads(Path(args.quality).read_text()), args.folder / "quality.png")
+
+
+def draw_quality(found: dict, path: Path) -> None:
+    """What compression costs by `benchmarks/quality.py`: loss and recall by ratio, and loss by position at 4x."""
+    from matplotlib import pyplot as plt
+
+    results = found["results"]
+    control = results["control"]
+
+    def methods(of_model: str = "control") -> dict[str, dict[int, dict]]:
+        named: dict[str, dict[int, dict]] = {}
+        for name, result in results.items():
+            kind, _, ratio = name.rpartition("-")
+            if kind.endswith("-base") != (of_model == "base") or not ratio.endswith("x"):
+                continue
+            named.setdefault(kind.removesuffix(f"-{of_model}"), {})[int(ratio[:-1])] = result
+        return named
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    for kind, by_ratio in methods().items():
+        points = [by_ratio[ratio] for ratio in sorted(by_ratio)]
+        ours = kind in ("dmc", "distilled")
+        style = dict(marker="o", lw=2.2 if ours else 1.2, ls="-" if ours or kind == "gqa" else "--", label=kind)
+        ratios = [point["ratio"] for point in points]
+        cost = [100 * (point["continuation_loss"] / control["continuation_loss"] - 1) for point in points]
+        left.plot(ratios, cost, **style)
+        right.plot(ratios, [100 * point["recall"] for point in points], **style)
+    left.axhline(0, color="black", lw=0.8)
+    left.set(xlabel="cache compression", ylabel="loss over the control's, %", title="continuations of contexts")
+    left.set_yscale("symlog", linthresh=1)
+    right.axhline(100 * control["recall"], color="black", lw=0.8)
+    right.set(xlabel="cache compression", ylabel="answers recalled, %", title="recall (line: the control)")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([2, 4, 8], ["2×", "4×", "8×"])
+    left.legend(fontsize=8)
+    for name in ("control", "dmc-4x", "distilled-4x", "gqa-4x"):
+        if name in results:
+            losses = results[name]["loss_by_position"]
+            middle.plot([int(position) for position in losses], list(losses.values()), label=name)
+    middle.set(xlabel="position in the window", ylabel="loss, nats per token", title="held-out text")
+    middle.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"written to {path}")
+
+
+def draw_serving(throughput: dict, serving: dict, path: Path) -> None:
+    """Throughput and requests per second held, by compression."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
@@ -47,8 +100,9 @@ def main() -> None:
     latency = serving["load"]["latency_ms"]
     right.set(ylabel="requests per second, held and not held")
     right.set_title(f"HTTP server, 95% within {latency:.0f} ms per token")
-    figure.savefig(args.out, dpi=120)
-    print(f"written to {args.out}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

@@ -35,14 +35,21 @@ class Question:
     """A text that asks, and its answer.
 
     Attributes:
-        text: tokens, the question at their end.
+        context: tokens of the text before the question.
+        question: tokens.
         answer: tokens.
         depth: where in the text the statement is, from 0 to 1.
     """
 
-    text: list[int]
+    context: list[int]
+    question: list[int]
     answer: list[int]
     depth: float
+
+    @property
+    def text(self) -> list[int]:
+        """Context and question."""
+        return self.context + self.question
 
 
 def needle(tokenize: Callable[[str], list[int]], tokens: int, depth: float, seed: int) -> Question:
@@ -96,4 +103,4 @@ def _ask(tokenize: Callable[[str], list[int]], tokens: int, depths: list[float],
                     depth = len(text)
                 text += statements[j]
         text += sentences[i] if i < len(sentences) else []
-    return Question(text + question, answer, depth / max(1, len(text)))
+    return Question(text, question, answer, depth / max(1, len(text)))

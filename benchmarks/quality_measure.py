@@ -1,0 +1,189 @@
+"""What models of Hugging Face make of held-out text through their caches; `benchmarks/quality.py` runs it.
+
+    python benchmarks/quality_measure.py --work runs/quality --jobs jobs.json
+
+Each job is `{"name", "model", "press", "ratio"}`: a folder under `WORK/models`, and for a method of kvpress its name
+and tokens per entry. One way of reading serves all methods: a context is read at once into an empty cache, which a
+press then compresses (as kvpress is meant to be used: what the context's own tokens attended to was not compressed),
+and the tokens after it are predicted from that cache. DMC compresses those tokens, too; presses keep them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_dmc.retrieval import multi_key
+
+CONTEXTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 31 / 32)
+"""Lengths of the context, as shares of a window."""
+CONTINUATION = 1 / 32
+"""Tokens after a context that are predicted, as a share of a window."""
+KEYS = (4, 16)
+CHUNK = 64
+"""Tokens that enter the cache at once where whole windows are read."""
+
+
+class Reader:
+    """A model, and a press or none."""
+
+    def __init__(self, folder: Path, press: str | None, ratio: float):
+        from transformers import AutoModelForCausalLM
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.bfloat16 if self.device == "cuda" else torch.float32,
+            attn_implementation="eager" if press else "sdpa",
+        ).to(self.device).eval()  # fmt: skip
+        self.press = None
+        if press is not None:
+            import kvpress
+
+            self.press = getattr(kvpress, f"{press}Press")(compression_ratio=1 - 1 / ratio)
+            if press == "SnapKV":  # its own 64 tokens, but for models with a short context
+                self.press.window_size = min(64, round(CONTEXTS[0] * self.model.config.max_position_embeddings) // 2)
+
+    def new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return self.model.new_cache() if hasattr(self.model, "new_cache") else DynamicCache()
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, start: int, cache: Any, compress: bool = False) -> Tensor:
+        """Logits `[b, s, vocabulary]` of tokens `[b, s]` at positions from `start` on; they enter the cache."""
+        positions = torch.arange(start, start + tokens.shape[1], device=self.device).expand_as(tokens)
+        with self.press(self.model) if compress and self.press else nullcontext():
+            return self.model(tokens.to(self.device), past_key_values=cache, position_ids=positions).logits
+
+
+def entries(cache: Any) -> tuple[float, int]:
+    """Entries of a sequence's KV head, averaged over all of them, and the bytes of all entries."""
+    if hasattr(cache, "entry_bytes"):
+        return cache.get_seq_length() / cache.ratio, cache.entry_bytes
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    kept = sum(key.shape[2] for key, _ in layers) / len(layers)
+    return kept, sum(key.nbytes + value.nbytes for key, value in layers)
+
+
+def losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """`[b, s]`, in nats."""
+    return F.cross_entropy(logits.float().transpose(1, 2), targets.to(logits.device), reduction="none").cpu()
+
+
+def continuations(reader: Reader, windows: Tensor, batch: int) -> dict[str, Any]:
+    """Loss of the tokens after contexts, over windows `[n, s + 1]`; entries and bytes of the caches of the contexts."""
+    length = windows.shape[1] - 1
+    count, found, tokens, kept, size = round(CONTINUATION * length), {}, 0, 0.0, {}
+    for share in CONTEXTS:
+        context = round(share * length)
+        total, held = [], 0
+        for rows in windows.split(batch):
+            cache = reader.new_cache()
+            reader.read(rows[:, :context], 0, cache, compress=True)
+            mean, held_now = entries(cache)
+            tokens, kept, held = tokens + context * len(rows), kept + mean * len(rows), held + held_now
+            logits = reader.read(rows[:, context : context + count], context, cache)
+            total.append(losses(logits, rows[:, context + 1 : context + count + 1]))
+        found[context] = float(torch.cat(total).mean())
+        size[context] = held / len(windows)
+    return dict(
+        continuation_loss=float(np.mean(list(found.values()))), continuation_loss_by_context=found,
+        ratio=tokens / kept, cache_bytes=size[max(size)], cache_bytes_by_context=size,
+    )  # fmt: skip
+
+
+def whole_windows(reader: Reader, windows: Tensor, batch: int) -> dict[str, Any]:
+    """Loss of windows `[n, s + 1]` that enter the cache piece by piece, and by position: of the tokens up to each."""
+    length, total = windows.shape[1] - 1, []
+    for rows in windows.split(batch):
+        cache, parts = reader.new_cache(), []
+        for start in range(0, length, CHUNK):
+            stop = min(length, start + CHUNK)
+            parts.append(losses(reader.read(rows[:, start:stop], start, cache), rows[:, start + 1 : stop + 1]))
+        total.append(torch.cat(parts, 1))
+    by_position = torch.cat(total).mean(0)
+    parts = {min(length, start + CHUNK): float(by_position[start : start + CHUNK].mean())
+             for start in range(0, length, CHUNK)}  # fmt: skip
+    return dict(loss=float(by_position.mean()), loss_by_position=parts)
+
+
+def recall(reader: Reader, tokenizer: Any, length: int, questions: int) -> dict[str, Any]:
+    """Shares of questions whose answers greedy decoding gives; the context is compressed before the question comes."""
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    found = {}
+    for keys in KEYS:
+        right = 0
+        for seed in range(questions):
+            try:
+                question = multi_key(tokenize, length, keys, 1_000_000 + seed)
+            except ValueError:  # the text is too short for so many
+                break
+            cache = reader.new_cache()
+            reader.read(torch.tensor([question.context]), 0, cache, compress=True)
+            rest = torch.tensor([question.question + question.answer])
+            logits = reader.read(rest[:, :-1], len(question.context), cache)
+            right += bool((logits[0, -len(question.answer) :].argmax(-1).cpu() == torch.tensor(question.answer)).all())
+        else:
+            found[keys] = right / questions
+    return dict(recall=float(np.mean(list(found.values() or [0.0]))), recall_by_keys=found)
+
+
+def held_out(work: Path, length: int, count: int) -> Tensor:
+    """Evenly spread windows `[count, length + 1]` of the held-out text."""
+    tokens = np.fromfile(
+        work / "held-out.bin", dtype=np.uint16
+    )  # what Megatron's data sets have for small vocabularies
+    starts = np.linspace(0, len(tokens) - length - 1, count).astype(int)
+    return torch.from_numpy(np.stack([tokens[i : i + length + 1] for i in starts]).astype(np.int64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--jobs", type=Path, required=True)
+    parser.add_argument("--windows", type=int, required=True)
+    parser.add_argument("--questions", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--minutes", type=float, default=25, help="begin no job later than that")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.work / "tokenizer")
+    (options.work / "results").mkdir(exist_ok=True)
+    for job in json.loads(options.jobs.read_text()):
+        if time.monotonic() > end:
+            break
+        started = time.monotonic()
+        reader = Reader(options.work / "models" / job["model"], job["press"], job["ratio"])
+        length = reader.model.config.max_position_embeddings
+        windows = held_out(options.work, length, options.windows)
+        result = dict(job, parameters=sum(p.numel() for p in reader.model.parameters()))
+        result |= continuations(reader, windows, options.batch)
+        result |= recall(reader, tokenizer, length, options.questions)
+        if reader.press is None:
+            result |= whole_windows(reader, windows, options.batch)
+        result["seconds"] = time.monotonic() - started
+        path = options.work / "results" / f"{job['name']}.json"
+        path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".partial").rename(path)
+        print(f"{job['name']}: {result['continuation_loss']:.4f}, ratio {result['ratio']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
