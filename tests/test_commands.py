@@ -161,6 +161,18 @@ def test_report(checkpoints, corpus, tmp_path):
     assert by_text.code == 0, by_text.output
 
 
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from megatron_dmc.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["megatron-dmc", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        print("said:", str(ended.code).replace(chr(10), " "), flush=True)
+"""
+
+
 def test_checkpoint_mistakes(checkpoints, corpus, tmp_path):
     other = tmp_path / "other"
     run = dmc(
@@ -169,7 +181,7 @@ def test_checkpoint_mistakes(checkpoints, corpus, tmp_path):
     assert run.code == 0, run.output
     prompt = ["--prompt", "x"]
     text = ["--text", "README.md"]
-    for arguments, message in (
+    mistakes = (
         (["generate", "/nowhere", *prompt], "no checkpoint at /nowhere"),
         (["report", tmp_path, *text], "is not a checkpoint of Megatron's distributed format"),
         (["generate", checkpoints / "base", *prompt], "not been trained with DMC: its cache does not compress"),
@@ -188,10 +200,17 @@ def test_checkpoint_mistakes(checkpoints, corpus, tmp_path):
         (["generate", checkpoints / "dmc", *prompt, "--top-k", 5, "--top-p", 0.5], "either top_k or top_p"),
         (["generate", checkpoints / "dmc", *prompt, "--temperature", -1], "temperature must be 0 (greedy) or more"),
         (["generate", checkpoints / "dmc", *prompt, "--max-new-tokens", 0], "max_new_tokens must be at least 1"),
-    ):
-        run = dmc(*arguments, input="")
-        assert run.code != 0 and message in run.output, (arguments, run.output)
-        assert "Traceback" not in run.output, run.output
+    )
+    # One process for all: that of each would load Megatron anew.
+    words = [list(map(str, arguments)) for arguments, _ in mistakes]
+    run = python("-c", ONE_AFTER_THE_OTHER, json.dumps(words))
+    assert run.code == 0 and "Traceback" not in run.output, run.output
+    said = [line.removeprefix("said: ") for line in run.output.splitlines() if line.startswith("said: ")]
+    for (arguments, message), found in zip(mistakes, said, strict=True):
+        assert message in found, (arguments, found)
+
+    run = dmc("report", checkpoints / "base", *text)
+    assert run.code == 1 and "Traceback" not in run.output and "not been trained with DMC" in run.output
 
 
 def test_training_with_another_tokenizers_data(corpus, tmp_path):
