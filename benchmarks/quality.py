@@ -218,7 +218,7 @@ def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
         if method.kind in ("dmc", "distilled"):
             flags += ["--dmc-stage", name, "--dmc-cr", method.ratio]
         if method.kind == "distilled":
-            flags += ["--dmc-teacher", work.folder / "base"]
+            flags += ["--dmc-teacher", work.folder / "base", "--dmc-teacher-weight", work.options.teacher_weight]
         if method.kind == "gqa":
             heads = int(work.size.model.split("--num-attention-heads ")[1].split()[0])
             flags += ["--group-query-attention", "--num-query-groups", heads // method.ratio]
@@ -350,6 +350,7 @@ def collect(work: Work) -> dict:
         base_tokens=size.base * size.batch * size.sequence,
         run_tokens=sum(n for _, n, _ in stages(work, METHODS[0])) * size.batch * size.sequence,
         lr=work.options.lr,
+        teacher_weight=work.options.teacher_weight,
         text=json.loads((work.folder / "text.json").read_text()),
         results={path.stem: json.loads(path.read_text()) for path in sorted(work.folder.glob("results/*.json"))},
     )
@@ -396,6 +397,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=7e-4, help="of the runs from the base")
+    parser.add_argument("--teacher-weight", type=float, default=0.5, help="of the runs `distilled` (0.5)")
     parser.add_argument("--peers-path", type=Path, help="folder of packages with kvpress and the transformers it needs")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     parser.add_argument("--commit", help="to note where the checkout has no history")

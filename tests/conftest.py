@@ -13,7 +13,7 @@ GPUS = torch.cuda.device_count()
 
 LONG = (
     "server training packed_training context_layouts layouts retrofits commands convert evaluate launch engine "
-    "parallel_generation context_parallel emulated_kernels"
+    "parallel_generation context_parallel emulated_kernels distillation export report"
 ).split()
 """Files whose tests take minutes: two workers begin with them, and share out the others at the end."""
 
