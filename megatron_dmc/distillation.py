@@ -2,13 +2,14 @@
 
 The loss of a token becomes `(1 - w) · CE + w · KL(teacher ‖ student)`, over the whole vocabulary and without another
 temperature (Hinton et al., 2015; NVIDIA's later retrofits, Łańcucki et al., 2025, arXiv 2506.05345, learn from the
-divergence alone). The compression loss is added as always. The teacher is a second model in bf16 on every rank, split
-as the student is by tensor and context parallelism; it has neither gradients nor optimizer states.
+divergence alone). The compression loss is added as always. The teacher is a second model on every rank, in the
+student's dtype and split as it is by tensor and context parallelism; it has neither gradients nor optimizer states.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,14 @@ from torch import Tensor
 
 from megatron_dmc.config import DMCConfig, DMCError
 
-ROWS = 2048
-"""Tokens whose probabilities are in memory at once, in float32."""
+SCORES = 2**25
+"""How many logits are in memory at once in float32 (and about four times as much that follows from them)."""
+
+SAME = (
+    "normalization layernorm_epsilon swiglu position_embedding_type rotary_base rotary_percent rotary_interleaved "
+    "rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor"
+).split()
+"""Arguments that a teacher must share with the model, since it is built from this run's, and that no shape tells of."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -57,8 +64,8 @@ class _Divergence(torch.autograd.Function):
                 "teacher must have the same vocabulary"
             )
         wide = torch.promote_types(student.dtype, torch.float32)
-        rows = (x.reshape(-1, x.shape[-1]).split(ROWS) for x in (student, teacher))
-        blocks = list(zip(*rows, strict=True))
+        rows = max(1, SCORES // student.shape[-1])
+        blocks = list(zip(*(x.reshape(-1, x.shape[-1]).split(rows) for x in (student, teacher)), strict=True))
 
         def reduce(found: Tensor, operation) -> Tensor:
             if group is not None and group.size() > 1:
@@ -71,11 +78,11 @@ class _Divergence(torch.autograd.Function):
         tops = reduce(torch.cat(tops, 1), torch.distributed.ReduceOp.MAX)
         sums = [
             torch.stack([(x.to(wide) - top[:, None]).exp().sum(-1) for x, top in zip(pair, both, strict=True)])
-            for pair, both in zip(blocks, tops.split(ROWS, 1), strict=True)
+            for pair, both in zip(blocks, tops.split(rows, 1), strict=True)
         ]
         normalizers = tops + reduce(torch.cat(sums, 1), total).log()
         found = []
-        for (s, t), (of_student, of_teacher) in zip(blocks, normalizers.split(ROWS, 1), strict=True):
+        for (s, t), (of_student, of_teacher) in zip(blocks, normalizers.split(rows, 1), strict=True):
             log_student = s.to(wide) - of_student[:, None]
             log_teacher = t.to(wide) - of_teacher[:, None]
             teacher_share = log_teacher.exp()
@@ -116,16 +123,45 @@ class Teacher:
         """
         if args.dmc_teacher is None:
             return None
+        packed, context = args.dataloader_inter_document_masking, args.context_parallel_size > 1
         for refused, what in (
             (args.pipeline_model_parallel_size > 1, "--pipeline-model-parallel-size above 1: the logits of teacher and "
              "student meet on one rank. Use tensor and data parallelism"),
             (args.hybrid_layer_pattern is not None, "--hybrid-layer-pattern"),
             (args.mtp_num_layers, "--mtp-num-layers"),
             (args.num_experts, "--num-experts"),
+            (packed and context, "--dataloader-inter-document-masking under context parallelism, where Megatron's own "
+             "attention expects every document shared out by itself. Leave one of the two out"),
+            ((packed or context) and args.transformer_impl == "local", "--transformer-impl local and context "
+             "parallelism or --dataloader-inter-document-masking, of which Megatron's local attention knows neither"),
         ):  # fmt: skip
             if refused:
                 raise DMCError(f"--dmc-teacher does not go with {what}")
         return cls(args.dmc_teacher, args.dmc_teacher_weight)
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Look at the checkpoint, before anything is built.
+
+        Raises:
+            DMCError: where there is none, or for one that is not of this run's model without DMC.
+        """
+        from megatron.core import dist_checkpointing
+
+        from megatron_dmc.checkpoint import find_checkpoint
+
+        path = find_checkpoint(self.path)
+        saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
+        if (stage := getattr(saved, "dmc_stage", None)) is not None:
+            raise DMCError(
+                f"--dmc-teacher {path} has been trained with DMC (stage {stage}): give the original model's checkpoint"
+            )
+        differ = [
+            f"{name} {getattr(saved, name)!r}, here {getattr(args, name)!r}"
+            for name in SAME
+            if hasattr(saved, name) and getattr(saved, name) != getattr(args, name, None)
+        ]
+        if differ:
+            raise DMCError(f"--dmc-teacher {path} is another model than this run's: {'; '.join(differ)}")
 
     @torch.no_grad()
     def logits(self, *inputs: Any, **named: Any) -> Tensor:
@@ -134,31 +170,30 @@ class Teacher:
             self._model = self._load()
         return self._model(*inputs, **named)
 
-    def losses(self, student: Tensor, teacher: Tensor, cross_entropy: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of each token `[b, s]`, and the divergence in it.
+    def losses(
+        self, student: Tensor, teacher: Tensor, cross_entropy: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of each token `[b, s]`, and its two parts: cross entropy and divergence.
 
         Args:
             student, teacher: logits `[b, s, v]`; the teacher's are overwritten.
-            cross_entropy: `[b, s]`.
+            cross_entropy: gives `[b, s]` for logits, and may overwrite them, as Megatron's does.
         """
         from megatron.core import parallel_state
 
         apart = divergence(student, teacher, parallel_state.get_tensor_model_parallel_group())
-        return (1 - self.weight) * cross_entropy + self.weight * apart, apart
+        if self.weight == 1:  # for the log alone
+            return apart, cross_entropy(student.detach()), apart
+        of_text = cross_entropy(student)
+        return (1 - self.weight) * of_text + self.weight * apart, of_text, apart
 
     def _load(self) -> torch.nn.Module:
-        from megatron.core import dist_checkpointing
         from megatron.training import get_args
         from megatron.training.utils import print_rank_0
 
         from megatron_dmc.checkpoint import build_model, find_checkpoint, read_weights
 
         path = find_checkpoint(self.path)
-        saved = dist_checkpointing.load_common_state_dict(str(path)).get("args")
-        if (stage := getattr(saved, "dmc_stage", None)) is not None:
-            raise DMCError(
-                f"--dmc-teacher {path} has been trained with DMC (stage {stage}): give the original model's checkpoint"
-            )
         model = build_model(get_args(), DMCConfig(), perform_initialization=False)
         read_weights(model, path)
         print_rank_0(f"> the teacher is {path}")

@@ -24,6 +24,8 @@ CONTEXT = ["--context-parallel-size", "2", "--cp-comm-type"]
 PIPELINE = ["--pipeline-model-parallel-size", "2"]
 SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 PACKED = ["--dataloader-inter-document-masking"]
+BASE = "the model to begin from"
+TAUGHT = ["--dmc-teacher", BASE, "--dmc-teacher-weight", "0.5"]
 
 RUNS = {  # processes, flags
     "one GPU": (1, []),
@@ -39,6 +41,9 @@ RUNS = {  # processes, flags
     "one GPU, packed": (1, PACKED),
     "CP-a2a, packed": (2, [*CONTEXT, "a2a", *PACKED]),
     "CP-all_gather, packed": (2, [*CONTEXT, "all_gather", *PACKED]),
+    "one GPU, taught": (1, TAUGHT),
+    "TP-SP, taught": (2, [*TENSOR, *TAUGHT]),
+    "CP-a2a, taught": (2, [*CONTEXT, "a2a", *TAUGHT]),
 }
 ALIKE = {  # each with what it should equal, and whether gradients are compared
     "TP-SP": ("one GPU", True),
@@ -50,6 +55,8 @@ ALIKE = {  # each with what it should equal, and whether gradients are compared
     "TP-SP, fp8": ("one GPU, fp8", False),  # scaling factors differ
     "CP-a2a, packed": ("one GPU, packed", True),
     "CP-all_gather, packed": ("one GPU, packed", True),
+    "TP-SP, taught": ("one GPU, taught", True),
+    "CP-a2a, taught": ("one GPU, taught", True),
 }
 
 
@@ -65,7 +72,7 @@ def runs(tmp_path_factory):
         processes, flags = RUNS[name]
         return python(
             *launcher(processes), "tests/train_and_keep_gradients.py", folder / name, *MODEL, *SHAPE, *RETROFIT,
-            "--load", folder / "base", *flags, CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0",
+            "--load", folder / "base", *(folder / "base" if flag is BASE else flag for flag in flags), CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0",
         )  # fmt: skip
 
     with ThreadPoolExecutor(len(RUNS)) as pool:

@@ -324,6 +324,8 @@ def estimate_memory(args: argparse.Namespace) -> Memory:
     """
     from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
 
+    from megatron_dmc.distillation import SCORES
+
     def weights_and_optimizer(distributed: bool) -> float:
         changed = copy.copy(args)
         changed.use_distributed_optimizer = distributed
@@ -337,7 +339,7 @@ def estimate_memory(args: argparse.Namespace) -> Memory:
     if args.dmc_teacher:  # its weights, and logits of a micro-batch twice: its own, and the gradient in another copy
         tokens = args.micro_batch_size * args.seq_length / args.context_parallel_size
         logits = tokens * args.padded_vocab_size / args.tensor_model_parallel_size
-        teacher = 2 * parameters + 2 * 2 * logits
+        teacher = 2 * parameters + 2 * 2 * logits + 5 * 4 * min(logits, SCORES)
     return Memory(2 * parameters, 4 * parameters, state - 6 * parameters, activations, dmc, teacher)
 
 

@@ -75,7 +75,9 @@ def main() -> None:
 
             model.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
     _datasets.is_distributed = True
-    forward_step = partial(_forward_step, Teacher.from_args(args))
+    if (teacher := Teacher.from_args(args)) is not None:
+        teacher.check(args)
+    forward_step = partial(_forward_step, teacher)
     try:
         pretrain(pretrain_cfg_container_from_args(args, model), _datasets, ModelType.encoder_or_decoder, forward_step)
     finally:
@@ -176,11 +178,11 @@ def _forward_step(teacher: Teacher | None, data_iterator, model):
     expected = teacher.logits(*inputs, packed_seq_params=packed)
     half = dict(fp32_output=False) if get_args().bf16 or get_args().fp16 else {}  # of the wrapper that there is then
     logits = model(*inputs, packed_seq_params=packed, **half)
-    cross_entropy = get_attr_wrapped_model(model, "compute_language_model_loss")(
-        batch["labels"], logits.transpose(0, 1).contiguous()
+    of_model = get_attr_wrapped_model(model, "compute_language_model_loss")
+    losses, of_text, apart = teacher.losses(
+        logits, expected, lambda logits: of_model(batch["labels"], logits.transpose(0, 1).contiguous())
     )
-    losses, apart = teacher.losses(logits, expected, cross_entropy)
-    return losses, partial(_loss, loss_mask, {"lm loss": cross_entropy, "distillation loss": apart})
+    return losses, partial(_loss, loss_mask, {"lm loss": of_text, "distillation loss": apart})
 
 
 def _packed(batch: dict[str, torch.Tensor]) -> Any:
