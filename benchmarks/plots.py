@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.quality import over  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"llama2_7b_4096": "Llama-2-7B, 4,096 tokens", "llama3_8b_32768": "Llama-3-8B, 32,768 tokens"}
 
@@ -35,26 +40,28 @@ def draw_quality(found: dict, path: Path) -> None:
     results = found["results"]
     control = results["control"]
 
-    def methods(of_model: str = "control") -> dict[str, dict[int, dict]]:
-        named: dict[str, dict[int, dict]] = {}
-        for name, result in results.items():
-            kind, _, ratio = name.rpartition("-")
-            if kind.endswith("-base") != (of_model == "base") or not ratio.endswith("x"):
-                continue
-            named.setdefault(kind.removesuffix(f"-{of_model}"), {})[int(ratio[:-1])] = result
-        return named
-
+    kinds: dict[str, list[str]] = {}  # methods, and the names of their results
+    for name in sorted(results, key=lambda name: results[name]["ratio"]):
+        kind, _, ratio = name.rpartition("-")
+        if ratio.endswith("x") and not kind.endswith("-base"):
+            kinds.setdefault(kind.removesuffix("-control"), []).append(name)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    for kind, by_ratio in methods().items():
-        points = [by_ratio[ratio] for ratio in sorted(by_ratio)]
+    for kind, names in kinds.items():
         ours = kind in ("dmc", "distilled")
         style = dict(marker="o", lw=2.2 if ours else 1.2, ls="-" if ours or kind == "gqa" else "--", label=kind)
-        ratios = [point["ratio"] for point in points]
-        cost = [100 * (point["continuation_loss"] / control["continuation_loss"] - 1) for point in points]
-        left.plot(ratios, cost, **style)
-        right.plot(ratios, [100 * point["recall"] for point in points], **style)
+        ratios = [results[name]["ratio"] for name in names]
+        (line,) = left.plot(ratios, [100 * over(found, name, "continuation_loss") for name in names], **style)
+        right.plot(ratios, [100 * results[name]["recall"] for name in names], **style)
+        for name in (f"{name}-seed2" for name in names if f"{name}-seed2" in results):
+            point = dict(marker="x", color=line.get_color(), ls="none")
+            left.plot(results[name]["ratio"], 100 * over(found, name, "continuation_loss"), **point)
+            right.plot(results[name]["ratio"], 100 * results[name]["recall"], **point)
     left.axhline(0, color="black", lw=0.8)
-    left.set(xlabel="cache compression", ylabel="loss over the control's, %", title="continuations of contexts")
+    left.set(
+        xlabel="cache compression",
+        ylabel="loss over the control's, %",
+        title="continuations of contexts (crosses: second seed)",
+    )
     left.set_yscale("symlog", linthresh=1)
     right.axhline(100 * control["recall"], color="black", lw=0.8)
     right.set(xlabel="cache compression", ylabel="answers recalled, %", title="recall (line: the control)")

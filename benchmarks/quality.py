@@ -2,18 +2,18 @@
 
     python benchmarks/quality.py [--gpus 2] [--minutes 25] [--out benchmarks/results/quality.json]
 
-The same line goes on where it was stopped; parts that are done are passed over.
+The same line goes on where it was stopped. What is measured by then is in the results.
 
 Parts, in this order:
 - `text`: source code and documentation of the installed packages (`quality_text.py`), and a tokenizer trained on it.
 - `base`: a decoder with 111 M parameters and as many KV heads as query heads, 2,048 tokens of context.
 - `runs`: from that base, each with the same tokens, learning rates and order of data, in three runs one after another
-  as DMC has its stages: **dmc** at 2x, 4x and 8x; **distilled**, DMC with the base as its teacher (`--dmc-teacher`);
-  **control**, the same three runs without DMC; **gqa**, up-trained from KV heads that are means of groups of the base's
-  (Ainslie et al., 2023), as many as give the same cache.
-- `measure`: every model exported to Hugging Face and read by transformers (`quality_measure.py`): held-out loss by
-  position, recall, achieved ratio and bytes of the cache.
-- `peers`: methods without training on the base and on the control, by kvpress, with the ratios that DMC achieved.
+  as DMC has its stages: **dmc** at 2x, 4x and 8x; **distilled**, DMC with the base as its teacher beside the text
+  (`--dmc-teacher`; a third more computation); **control**, the same three runs without DMC; **gqa**, up-trained from KV
+  heads that are means of groups of the base's (Ainslie et al., 2023), as many as give the same cache. Each is exported
+  to Hugging Face and read by transformers (`quality_measure.py`): held-out loss by position, recall, achieved ratio and
+  bytes of the cache. Learning rates are not tuned for any of them.
+- `peers`: methods without training, on the control and on the base, by kvpress, in as many bytes as DMC's caches take.
 
 Training is `megatron-dmc train`, models travel by `megatron-dmc convert`. `--size tiny` tries all of it on a CPU.
 """
@@ -29,7 +29,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -39,8 +38,9 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_dmc.resume import TRACKER  # noqa: E402
 
-PARTS = ("text", "base", "runs", "measure", "peers")
+PARTS = ("text", "base", "runs", "peers")
 RATIOS = (2, 4, 8)
+PRESSES = ("ObservedAttention", "TOVA", "SnapKV", "StreamingLLM", "Knorm", "ExpectedAttention", "KeyDiff")
 STAGES = {"zero-out": 2, "retrofit": 20, "finetune": 5}
 """Shares of a run's iterations."""
 MEASURE = ROOT / "benchmarks" / "quality_measure.py"
@@ -118,10 +118,25 @@ class Work:
         self.folder, self.options, self.size = options.work, options, SIZES[options.size]
         self.end = time.monotonic() + 60 * options.minutes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.environment = os.environ | dict(
+        self.failures: list[str] = []
+        self._keep_settings()
+        # Every run is a launch of its own, whatever launched this.
+        launch = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(launch)}
+        self.visible = kept.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(options.gpus)))).split(",")
+        self.environment = kept | dict(
             PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             PYTHONWARNINGS="ignore", CUDA_DEVICE_MAX_CONNECTIONS="1", TOKENIZERS_PARALLELISM="true",
         )  # fmt: skip
+
+    def _keep_settings(self) -> None:
+        """What a folder was begun with, it goes on with: its results stand for these."""
+        names = ("size", "base_lr", "lr", "teacher_weight")
+        path, given = self.folder / "settings.json", {name: getattr(self.options, name) for name in names}
+        if not path.exists():
+            path.write_text(json.dumps(given) + "\n")
+        elif (begun := json.loads(path.read_text())) != given:
+            sys.exit(f"{self.folder} was begun with {begun}; got {given}: give the same, or another --work")
 
     def call(self, *command, log: str, gpu: int | None = None, **environment: str) -> None:
         """Run a command, its output in `logs/`.
@@ -132,7 +147,7 @@ class Work:
         path = self.folder / "logs" / f"{log}.log"
         path.parent.mkdir(exist_ok=True)
         if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+            environment["CUDA_VISIBLE_DEVICES"] = self.visible[gpu]
         print(f"[{self.left():5.1f} min left] {log}", flush=True)
         with open(path, "a") as file:
             file.write(f"$ {' '.join(map(str, command))}\n")
@@ -164,7 +179,8 @@ class Work:
         """
         if self.reached(run) >= iterations:
             return
-        if self.left() < 1:
+        minutes = self.left() - self.options.reserve
+        if minutes < 1:
             raise Stopped
         folder = self.folder / run
         load = ["--load", begin, "--finetune"] if begin is not None else []
@@ -175,10 +191,10 @@ class Work:
         self.call(
             sys.executable, *launch, "-m", "megatron_dmc", "train", *size.model.split(), *COMMON.split(),
             *size.backend.split(), "--seq-length", size.sequence, "--max-position-embeddings", size.sequence,
-            "--data-path", f"{self.folder}/train", "--data-cache-path", self.folder / "cache",
+            "--data-path", f"{self.folder}/train", "--data-cache-path", self.folder / f"cache-{gpu}",
             "--tokenizer-model", self.folder / "tokenizer", "--micro-batch-size", min(size.micro, size.batch // gpus),
             "--global-batch-size", size.batch, "--train-iters", iterations, "--seed", seed, "--save", folder, *load,
-            "--exit-duration-in-mins", max(1, int(self.left())), *flags, log=run.replace("/", "."), gpu=gpu,
+            "--exit-duration-in-mins", int(minutes), *flags, log=run.replace("/", "."), gpu=gpu,
         )  # fmt: skip
         if self.reached(run) < iterations:
             raise Stopped
@@ -193,6 +209,7 @@ def text(work: Work) -> None:
         "prepare-data", "--input", work.folder / "text/sample.jsonl", "--output", work.folder / "sample",
         "--train-tokenizer", work.size.vocabulary, log="text",
     )  # fmt: skip
+    shutil.rmtree(work.folder / "tokenizer", ignore_errors=True)
     shutil.move(work.folder / "sample-tokenizer", work.folder / "tokenizer")
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", work.folder / "tokenizer"]
     for name in ("held-out", "train"):
@@ -209,7 +226,7 @@ def base(work: Work) -> None:
 
 def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
     """Name, iterations and flags of the three runs of a method."""
-    lr, before, shares = work.options.lr, 0, sum(STAGES.values())
+    lr, shares = work.options.lr, sum(STAGES.values())
     for name, share in STAGES.items():
         iterations = work.size.run * share // shares
         last = name == "finetune"
@@ -223,26 +240,26 @@ def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
             heads = int(work.size.model.split("--num-attention-heads ")[1].split()[0])
             flags += ["--group-query-attention", "--num-query-groups", heads // method.ratio]
         yield name, iterations, flags
-        before += iterations
 
 
 def run(work: Work, method: Method, gpu: int | None) -> None:
-    """Train a method, and export it."""
-    exported = work.folder / "models" / method.name
-    if (exported / "config.json").exists():
-        return
-    begin = work.folder / "base"
-    if method.kind == "gqa":
-        begin = work.folder / "pooled" / f"{method.ratio}x"
-        if not (begin / TRACKER).exists():
-            pooled = work.folder / "pooled" / f"{method.ratio}x-hf"
-            pool(work.folder / "models" / "base", pooled, method.ratio)
-            work.dmc("convert", pooled, begin, "--overwrite", log=f"{method.name}.pool")
-    for number, (stage, iterations, flags) in enumerate(stages(work, method)):
-        name = f"runs/{method.name}/{stage}"
-        work.train(name, iterations, flags, begin, 10 * method.seed + number, 1, gpu)
-        begin = work.folder / name
-    export(work, begin, method.name)
+    """Train a method, export it and measure it."""
+    if not (work.folder / "models" / method.name / "config.json").exists():
+        begin = work.folder / "base"
+        if method.kind == "gqa":
+            begin = work.folder / "pooled" / f"{method.ratio}x"
+            if not (begin / TRACKER).exists():
+                pooled = work.folder / "pooled" / f"{method.ratio}x-hf"
+                pool(work.folder / "models" / "base", pooled, method.ratio)
+                work.dmc("convert", pooled, begin, "--overwrite", log=f"{method.name}.pool")
+        for number, (stage, iterations, flags) in enumerate(stages(work, method)):
+            name = f"runs/{method.name}/{stage}"
+            work.train(name, iterations, flags, begin, 10 * method.seed + number, 1, gpu)
+            begin = work.folder / name
+        export(work, begin, method.name)
+        for stage in list(STAGES)[:-1]:  # with their optimizers' states they would fill a disk
+            shutil.rmtree(work.folder / "runs" / method.name / stage)
+    measured(work, [dict(name=method.name, model=method.name, press=None, budgets=None)], method.name, gpu)
 
 
 def export(work: Work, checkpoint: Path, name: str) -> None:
@@ -271,11 +288,18 @@ def runs(work: Work) -> None:
     """As many methods at once as there are GPUs."""
     if not (work.folder / "models/base/config.json").exists():
         export(work, work.folder / "base", "base")
-    parallel([lambda gpu, method=method: run(work, method, gpu) for method in METHODS], work.options.gpus)
+    base_alone = [dict(name="base", model="base", press=None, budgets=None)]
+    tasks = [lambda gpu: measured(work, base_alone, "base", gpu)]
+    parallel(work, tasks + [lambda gpu, method=method: run(work, method, gpu) for method in METHODS])
 
 
-def parallel(tasks: list, gpus: int) -> None:
-    """Run tasks, each with the number of a GPU of its own; what the first to fail raises, once all have ended."""
+def parallel(work: Work, tasks: list) -> None:
+    """Run tasks, each with the number of a GPU of its own. One that fails is noted, and does not stop the others.
+
+    Raises:
+        Stopped: where one was.
+    """
+    gpus = work.options.gpus
     free: SimpleQueue[int | None] = SimpleQueue()
     for gpu in range(gpus):
         free.put(gpu if gpus > 1 else None)
@@ -287,54 +311,61 @@ def parallel(tasks: list, gpus: int) -> None:
         finally:
             free.put(gpu)
 
-    with ThreadPoolExecutor(gpus) as pool_of_threads:
-        futures = [pool_of_threads.submit(one, task) for task in tasks]
+    with ThreadPoolExecutor(gpus) as threads:
+        futures = [threads.submit(one, task) for task in tasks]
     errors = [error for future in futures if (error := future.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
-        raise error
-
-
-def measured(work: Work, jobs: list[dict], part: str, **environment: str) -> None:
-    """Have `quality_measure.py` work off the jobs that have no result yet."""
-    jobs = [job for job in jobs if not (work.folder / "results" / f"{job['name']}.json").exists()]
-    shares = [jobs[i :: work.options.gpus] for i in range(work.options.gpus)]
-
-    def one(number: int, share: list[dict], gpu: int | None) -> None:
-        path = work.folder / f"{part}-{number}-jobs.json"
-        path.write_text(json.dumps(share))
-        if work.left() < 0.5:
-            raise Stopped
-        work.call(
-            sys.executable, MEASURE, "--work", work.folder, "--jobs", path, "--windows", work.size.windows,
-            "--questions", work.size.questions, "--minutes", work.left(), log=f"{part}-{number}", gpu=gpu,
-            **environment,
-        )  # fmt: skip
-
-    tasks = [lambda gpu, n=n, share=share: one(n, share, gpu) for n, share in enumerate(shares) if share]
-    parallel(tasks, work.options.gpus)
-    if any(not (work.folder / "results" / f"{job['name']}.json").exists() for job in jobs):
+    for error in errors:
+        if not isinstance(error, Stopped):
+            work.failures.append(f"{type(error).__name__}: {error}")
+            print(work.failures[-1], flush=True)
+    if any(isinstance(error, Stopped) for error in errors):
         raise Stopped
 
 
-def measure(work: Work) -> None:
-    names = ["base", *(method.name for method in METHODS)]
-    measured(work, [dict(name=name, model=name, press=None, ratio=1.0) for name in names], "measure")
+def measured(work: Work, jobs: list[dict], name: str, gpu: int | None, **environment: str) -> None:
+    """Have `quality_measure.py` work off the jobs that have no result yet."""
+
+    def left() -> list[dict]:
+        return [job for job in jobs if not (work.folder / "results" / f"{job['name']}.json").exists()]
+
+    if not left():
+        return
+    if work.left() < 0.5:
+        raise Stopped
+    path = work.folder / "jobs" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(left()))
+    work.call(
+        sys.executable, MEASURE, "--work", work.folder, "--jobs", path, "--windows", work.size.windows,
+        "--questions", work.size.questions, "--minutes", work.left(), log=f"{name}.measure", gpu=gpu, **environment,
+    )  # fmt: skip
+    if left():
+        raise Stopped
 
 
 def peers(work: Work) -> None:
-    """The presses of kvpress, keeping as many entries as DMC's models did."""
+    """The presses of kvpress in as many bytes as DMC's caches take, by context; and none, as they are run."""
+    budgets = {}
+    for ratio in RATIOS:
+        path = work.folder / "results" / f"dmc-{ratio}x.json"
+        if path.exists():
+            budgets[ratio] = json.loads(path.read_text())["cache_bytes_by_context"]
     jobs = []
     for model in ("control", "base"):
-        for ratio in RATIOS:
-            achieved = json.loads((work.folder / "results" / f"dmc-{ratio}x.json").read_text())["ratio"]
-            for press in ("ObservedAttention", "TOVA", "SnapKV", "StreamingLLM", "Knorm"):
-                name = f"{press}-{model}-{ratio}x"
-                jobs.append(dict(name=name, model=model, press=press, ratio=achieved))
+        if (work.folder / "models" / model / "config.json").exists():
+            jobs.append(dict(name=f"none-{model}", model=model, press="none", budgets=None))
+            for ratio, budget in budgets.items():
+                for press in PRESSES:
+                    jobs.append(dict(name=f"{press}-{model}-{ratio}x", model=model, press=press, budgets=budget))
     extra = {}
     if work.options.peers_path is not None:
         path = [str(work.options.peers_path), work.environment["PYTHONPATH"]]
         extra["PYTHONPATH"] = os.pathsep.join(path)
-    measured(work, jobs, "peers", **extra)
+    shares = [jobs[i :: work.options.gpus] for i in range(work.options.gpus)]
+    parallel(work, [lambda gpu, n=n, share=share: measured(work, share, f"peers-{n}", gpu, **extra)
+                    for n, share in enumerate(shares) if share])  # fmt: skip
+    if len(budgets) < len(RATIOS):
+        raise Stopped
 
 
 def collect(work: Work) -> dict:
@@ -354,11 +385,12 @@ def collect(work: Work) -> dict:
         text=json.loads((work.folder / "text.json").read_text()),
         results={path.stem: json.loads(path.read_text()) for path in sorted(work.folder.glob("results/*.json"))},
     )
-    if "base" in found["results"]:
-        reference = found["results"]["base"]
+    if (reference := found["results"].get("base")) is not None:
         found["parameters"] = reference["parameters"]
-        for result in found["results"].values():  # of the bytes, so that GQA's fewer heads count
+        for result in found["results"].values():
             result["ratio"] = total_bytes(reference) / total_bytes(result)
+    if work.failures:
+        found["failures"] = work.failures
     return found
 
 
@@ -367,32 +399,43 @@ def total_bytes(result: dict) -> float:
     return sum(result["cache_bytes_by_context"].values())
 
 
+def over(found: dict, name: str, loss: str) -> float | None:
+    """By how much a method's loss is above that of the control with the same seed, as a share of it.
+
+    Methods of kvpress are compared with the control as they are run, in another version of transformers.
+    """
+    result, seed = found["results"][name], "-seed2" if name.endswith("-seed2") else ""
+    control = found["results"].get("none-control" if result["press"] else f"control{seed}")
+    if control is None or loss not in result or loss not in control:
+        return None
+    return result[loss] / control[loss] - 1
+
+
 def table(found: dict) -> str:
-    """Loss over the control's with the same seed, by method."""
+    """What every method costs."""
     from benchmarks.common import table as markdown
 
     rows = []
     for name, result in found["results"].items():
-        seed = "-seed2" if name.endswith("-seed2") else ""
-        control = found["results"].get(f"control{seed}")
-        row = dict(method=name, ratio=result["ratio"], MiB=result["cache_bytes"] / 2**20)
-        if control is not None:
-            row["continuation loss"] = f"{result['continuation_loss']:.4f}"
-            row["over control"] = f"{100 * (result['continuation_loss'] / control['continuation_loss'] - 1):+.2f}%"
-            if result.get("loss") is not None:
-                row["window loss"] = f"{result['loss']:.4f}"
-                row["over control "] = f"{100 * (result['loss'] / control['loss'] - 1):+.2f}%"
-        row["recall"] = f"{100 * result['recall']:.1f}%"
+        row = dict(
+            method=name, compression=result["ratio"], recall=f"{100 * result['recall']:.1f}%",
+            MiB=result["cache_bytes"] / 2**20, **{"tokens per entry": result["tokens_per_entry"]},
+        )  # fmt: skip
+        for loss, title in (("loss", "windows"), ("continuation_loss", "continuations")):
+            if loss in result:
+                row[title] = f"{result[loss]:.4f}"
+            if (cost := over(found, name, loss)) is not None:
+                row[title] += f" ({100 * cost:+.2f}%)"
         rows.append(row)
-    columns = ["method", "ratio", "MiB", "window loss", "over control ", "continuation loss", "over control", "recall"]
-    return markdown(rows, columns)
+    return markdown(rows, ["method", "compression", "tokens per entry", "MiB", "windows", "continuations", "recall"])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="only these (default: all, in order)")
-    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder of all files (runs/quality)")
+    parser.add_argument("--work", type=Path, help="folder of all files (default: runs/quality-SIZE)")
     parser.add_argument("--minutes", type=float, default=25, help="stop after so many; go on with the same line")
+    parser.add_argument("--reserve", type=float, default=0, help="minutes of these that training leaves to the rest")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs: the base trains on all, each run on one")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
@@ -402,27 +445,29 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     parser.add_argument("--commit", help="to note where the checkout has no history")
     options = parser.parse_args()
-    options.work = options.work.resolve()
+    options.work = (options.work or Path(f"runs/quality-{options.size}")).resolve()
     work = Work(options)
-    status = 0
-    try:
-        with ExitStack() as stack:
-            stack.callback(lambda: print(f"[{work.left():5.1f} min left]", flush=True))
-            for part in options.parts or PARTS:
-                mark = work.folder / f"{part}.done"
-                if not mark.exists():
-                    globals()[part](work)
-                    mark.touch()
-    except Stopped:
-        print("the minutes are over; the same line goes on", flush=True)
-        status = 75
+    stopped = False
+    for part in options.parts or PARTS:
+        mark = work.folder / f"{part}.done"
+        if mark.exists():
+            continue
+        try:
+            globals()[part](work)
+            if not work.failures:
+                mark.touch()
+        except Stopped:
+            stopped = True
+            if part != "runs":  # what has run by then has peers already
+                break
+    print(f"[{work.left():5.1f} min left]{' stopped; the same line goes on' * stopped}", flush=True)
     if (work.folder / "results").is_dir():
         from benchmarks.common import save
 
         found = collect(work)
         print(table(found))
         save(found, options.out)
-    return status
+    return 1 if work.failures else 75 if stopped else 0
 
 
 if __name__ == "__main__":

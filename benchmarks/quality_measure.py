@@ -2,10 +2,11 @@
 
     python benchmarks/quality_measure.py --work runs/quality --jobs jobs.json
 
-Each job is `{"name", "model", "press", "ratio"}`: a folder under `WORK/models`, and for a method of kvpress its name
-and tokens per entry. One way of reading serves all methods: a context is read at once into an empty cache, which a
-press then compresses (as kvpress is meant to be used: what the context's own tokens attended to was not compressed),
-and the tokens after it are predicted from that cache. DMC compresses those tokens, too; presses keep them all.
+Each job is `{"name", "model", "press", "budgets"}`: a folder under `WORK/models`, and for a method of kvpress its name
+("none": nothing is evicted) and how many bytes it may keep of each context. One way of reading serves all methods: a
+context is read at once into an empty cache, which a press then compresses (as kvpress is meant to be used: what the
+context's own tokens attended to was not compressed), and the tokens after it are predicted from that cache. DMC
+compresses those tokens, too; presses keep them all.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CHUNK = 64
 class Reader:
     """A model, and a press or none."""
 
-    def __init__(self, folder: Path, press: str | None, ratio: float):
+    def __init__(self, folder: Path, press: str | None, budgets: dict[str, float] | None = None):
         from transformers import AutoModelForCausalLM
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,31 +48,49 @@ class Reader:
             folder, trust_remote_code=True, dtype=torch.bfloat16 if self.device == "cuda" else torch.float32,
             attn_implementation="eager" if press else "sdpa",
         ).to(self.device).eval()  # fmt: skip
-        self.press = None
-        if press is not None:
-            import kvpress
-
-            self.press = getattr(kvpress, f"{press}Press")(compression_ratio=1 - 1 / ratio)
-            if press == "SnapKV":  # its own 64 tokens, but for models with a short context
-                self.press.window_size = min(64, round(CONTEXTS[0] * self.model.config.max_position_embeddings) // 2)
+        self.press, self.budgets = press, budgets
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
 
         return self.model.new_cache() if hasattr(self.model, "new_cache") else DynamicCache()
 
+    def kept(self, context: int) -> int:
+        """How many tokens of a context a press keeps, of the budget for the nearest length that has one."""
+        nearest = min(self.budgets, key=lambda length: abs(int(length) - context))
+        config = self.model.config
+        entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
+        return max(1, min(context, int(self.budgets[nearest] * context / int(nearest) / entry)))
+
+    def compressing(self, context: int) -> Any:
+        """While this is open, the press evicts from the context that is read."""
+        if self.press in (None, "none"):
+            return nullcontext()
+        import kvpress
+
+        kept = self.kept(context)
+        press = getattr(kvpress, f"{self.press}Press")(compression_ratio=max(0, 1 - (kept + 0.5) / context))
+        if hasattr(press, "window_size"):  # its last tokens, which stay: not all that may
+            press.window_size = min(press.window_size, max(1, kept // 2))
+        return press(self.model)
+
     @torch.no_grad()
     def read(self, tokens: Tensor, start: int, cache: Any, compress: bool = False) -> Tensor:
         """Logits `[b, s, vocabulary]` of tokens `[b, s]` at positions from `start` on; they enter the cache."""
         positions = torch.arange(start, start + tokens.shape[1], device=self.device).expand_as(tokens)
-        with self.press(self.model) if compress and self.press else nullcontext():
+        with self.compressing(tokens.shape[1]) if compress else nullcontext():
             return self.model(tokens.to(self.device), past_key_values=cache, position_ids=positions).logits
 
 
-def entries(cache: Any) -> tuple[float, int]:
-    """Entries of a sequence's KV head, averaged over all of them, and the bytes of all entries."""
+def size_of(cache: Any) -> tuple[float, int]:
+    """Entries of a KV head, averaged over all sequences and heads, and the bytes that the cache needs.
+
+    For DMC that is the entries, and what merging the next token may need of the last ones (float32, whatever the
+    length); not the padding behind shorter heads' entries, which a paged cache does without.
+    """
     if hasattr(cache, "entry_bytes"):
-        return cache.get_seq_length() / cache.ratio, cache.entry_bytes
+        state = sum(x.nbytes for layer in cache.layers for x in layer.tail)
+        return cache.get_seq_length() / cache.ratio, cache.entry_bytes + state
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     kept = sum(key.shape[2] for key, _ in layers) / len(layers)
     return kept, sum(key.nbytes + value.nbytes for key, value in layers)
@@ -92,7 +111,7 @@ def continuations(reader: Reader, windows: Tensor, batch: int) -> dict[str, Any]
         for rows in windows.split(batch):
             cache = reader.new_cache()
             reader.read(rows[:, :context], 0, cache, compress=True)
-            mean, held_now = entries(cache)
+            mean, held_now = size_of(cache)
             tokens, kept, held = tokens + context * len(rows), kept + mean * len(rows), held + held_now
             logits = reader.read(rows[:, context : context + count], context, cache)
             total.append(losses(logits, rows[:, context + 1 : context + count + 1]))
@@ -100,7 +119,7 @@ def continuations(reader: Reader, windows: Tensor, batch: int) -> dict[str, Any]
         size[context] = held / len(windows)
     return dict(
         continuation_loss=float(np.mean(list(found.values()))), continuation_loss_by_context=found,
-        ratio=tokens / kept, cache_bytes=size[max(size)], cache_bytes_by_context=size,
+        tokens_per_entry=tokens / kept, cache_bytes=size[max(size)], cache_bytes_by_context=size,
     )  # fmt: skip
 
 
@@ -170,7 +189,7 @@ def main() -> None:
         if time.monotonic() > end:
             break
         started = time.monotonic()
-        reader = Reader(options.work / "models" / job["model"], job["press"], job["ratio"])
+        reader = Reader(options.work / "models" / job["model"], job["press"], job["budgets"])
         length = reader.model.config.max_position_embeddings
         windows = held_out(options.work, length, options.windows)
         result = dict(job, parameters=sum(p.numel() for p in reader.model.parameters()))
@@ -182,7 +201,7 @@ def main() -> None:
         path = options.work / "results" / f"{job['name']}.json"
         path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".partial").rename(path)
-        print(f"{job['name']}: {result['continuation_loss']:.4f}, ratio {result['ratio']:.2f}", flush=True)
+        print(f"{job['name']}: {result['continuation_loss']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

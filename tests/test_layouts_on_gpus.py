@@ -70,9 +70,10 @@ def runs(tmp_path_factory):
 
     def run(name):
         processes, flags = RUNS[name]
+        flags = [folder / "base" if flag is BASE else flag for flag in flags]
         return python(
             *launcher(processes), "tests/train_and_keep_gradients.py", folder / name, *MODEL, *SHAPE, *RETROFIT,
-            "--load", folder / "base", *(folder / "base" if flag is BASE else flag for flag in flags), CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0",
+            "--load", folder / "base", *flags, CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0",
         )  # fmt: skip
 
     with ThreadPoolExecutor(len(RUNS)) as pool:
