@@ -14,6 +14,7 @@ Parts, in this order:
   to Hugging Face and read by transformers (`quality_measure.py`): held-out loss by position, recall, achieved ratio and
   bytes of the cache. Learning rates are not tuned for any of them.
 - `peers`: methods without training, on the control and on the base, by kvpress, in as many bytes as DMC's caches take.
+- `reports`: what the models at 4x have learned, by `megatron-dmc report`.
 
 Training is `megatron-dmc train`, models travel by `megatron-dmc convert`. `--size tiny` tries all of it on a CPU.
 """
@@ -38,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_dmc.resume import TRACKER  # noqa: E402
 
-PARTS = ("text", "base", "runs", "peers")
+PARTS = ("text", "base", "runs", "peers", "reports")
 RATIOS = (2, 4, 8)
 PRESSES = ("ObservedAttention", "TOVA", "SnapKV", "StreamingLLM", "Knorm", "ExpectedAttention", "KeyDiff")
 STAGES = {"zero-out": 2, "retrofit": 20, "finetune": 5}
@@ -368,6 +369,20 @@ def peers(work: Work) -> None:
         raise Stopped
 
 
+def reports(work: Work) -> None:
+    """Into `reports/`, for each of the models at 4x that there are."""
+
+    def one(name: str, gpu: int | None) -> None:
+        folder, done = work.folder / "runs" / name / "finetune", work.folder / "reports" / name
+        if (folder / TRACKER).exists() and not (done / "report.json").exists():
+            if work.left() < 1:
+                raise Stopped
+            work.dmc("report", folder, "--data-path", work.folder / "held-out", "--max-tokens", 25 * work.size.sequence,
+                     "--output", done, log=f"{name}.report", gpu=gpu)  # fmt: skip
+
+    parallel(work, [lambda gpu, name=name: one(name, gpu) for name in ("dmc-4x", "distilled-4x")])
+
+
 def collect(work: Work) -> dict:
     """The results of all parts, and how the runs went."""
     from benchmarks.common import circumstances
@@ -458,7 +473,7 @@ def main() -> int:
                 mark.touch()
         except Stopped:
             stopped = True
-            if part != "runs":  # what has run by then has peers already
+            if part in ("text", "base"):  # nothing else can be without
                 break
     print(f"[{work.left():5.1f} min left]{' stopped; the same line goes on' * stopped}", flush=True)
     if (work.folder / "results").is_dir():
