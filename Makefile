@@ -8,9 +8,8 @@
 demo: .venv/.built
 	.venv/bin/python examples/demo.py
 
-# Two workers on two cores: more threads in each would wait for one another, and take twice as long.
 test: .venv/.built
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 lint: .venv/.ready
 	.venv/bin/ruff check .
