@@ -266,7 +266,7 @@ class DMCSelfAttention(SelfAttention):
             documents = self._packed(packed_seq_params, tokens * get_pg_size(self.pg_collection.cp))
             positions = slice(None)
         elif compression.packed_by_mask and context is None:
-            documents = self._masked(attention_mask)
+            documents = self._masked(attention_mask, hidden_states.shape[1])
         call = DMCCall(
             rotary=self._rotary_tables(rotary_pos_emb, positions, compression, documents),
             documents=documents,
@@ -289,14 +289,21 @@ class DMCSelfAttention(SelfAttention):
         if params.qkv_format != "thd":
             raise DMCError(f"packed_seq_params must have qkv_format = 'thd'; got {params.qkv_format!r}")
         borders = params.cu_seqlens_q if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded
-        return self.core_attention.compression.documents(params, lambda: Documents.from_borders(borders, tokens))
+        find = partial(Documents.from_borders, borders, tokens)
+        return self.core_attention.compression.documents(borders, find, (tokens,))
 
-    def _masked(self, mask: Tensor | None) -> Documents:
-        """The documents of a mask `[b, 1, s, s]`, with context parallelism of its rows for this rank's tokens."""
+    def _masked(self, mask: Tensor | None, sequences: int) -> Documents:
+        """The documents of a mask `[b, 1, s, s]`, or `[1, 1, s, s]` for all `b` sequences alike; with context
+        parallelism of its rows for this rank's tokens."""
         if mask is None:
             raise DMCError(
                 "documents are to be kept apart by the attention mask (--reset-attention-mask), and this layer got "
                 "none: keep the data loader's masks, or use --dataloader-inter-document-masking"
+            )
+        if mask.dim() != 4 or mask.shape[0] not in (1, sequences):
+            raise DMCError(
+                f"attention_mask must be [b, 1, s, s] with b = {sequences} sequences, or 1 for all of them alike; got "
+                f"{tuple(mask.shape)}"
             )
 
         def find() -> Documents:
@@ -308,10 +315,9 @@ class DMCSelfAttention(SelfAttention):
             first = mask[:, 0].gather(2, before)[..., 0].T | (own == 0)[:, None]
             if get_pg_size(cp) > 1:
                 first = gather(first.byte(), cp).bool()
-            return Documents.from_first(first)
+            return Documents.from_first(first.expand(-1, sequences))
 
-        # A recomputed pass brings another tensor of the same memory.
-        return self.core_attention.compression.documents(mask, find, (mask.data_ptr(), mask._version, mask.shape))
+        return self.core_attention.compression.documents(mask, find, (sequences,))
 
     def _rotary_tables(
         self, embedding: Any, positions: slice, owner: Compression | HoldsPages, documents: Documents | None = None

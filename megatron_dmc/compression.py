@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops.documents import Documents
@@ -64,16 +65,25 @@ class Compression:
         per_token: gradients are summed over tokens and divided by their number at the end of a step, as Megatron's
             `calculate_per_token_loss` does; otherwise each micro-batch is averaged.
         deciding: how many of the layers make decisions, all of them unless given.
+        passes: how many forward passes a rank makes from one to its backward pass (`passes_in_flight`). Where documents
+            begin is kept for so many.
     """
 
     def __init__(
-        self, config: DMCConfig, layers: int, kv_heads: int, per_token: bool = False, deciding: int | None = None
+        self,
+        config: DMCConfig,
+        layers: int,
+        kv_heads: int,
+        per_token: bool = False,
+        deciding: int | None = None,
+        passes: int = 1,
     ) -> None:
         self.config = config
         self.layers = layers
         self.kv_heads = kv_heads
         self.per_token = per_token
         self.deciding = layers if deciding is None else deciding
+        self.passes = passes
         self.iteration: int | None = None
         self.target = 1.0
         self.last_channel = 1.0
@@ -85,7 +95,7 @@ class Compression:
         self.packed_by_mask = False
         """Whether attention masks keep packed documents apart; in Megatron's own training loop its
         --reset-attention-mask. If not, masks are not read."""
-        self._documents: tuple | None = None
+        self._documents: dict[tuple, Documents] = {}  # the last ones found at the end
         self._counts: Tensor | None = None  # [2, layers]: tokens that merged, tokens
         self._loss_scale: Tensor | float = 1.0
         self.seed = 1234
@@ -118,12 +128,27 @@ class Compression:
         with tracker.fork(name):
             return LogisticNoise.draw(device, stream, first_head)
 
-    def documents(self, source: Any, find: Callable[[], Documents], key: tuple | None = None) -> Documents:
-        """What `find` finds in `source`, once for all layers. Sources are the same if their `key` is, or the object."""
-        known = self._documents
-        if known is None or (known[0] is not source if key is None else known[1] != key):
-            self._documents = known = source, key, find()
-        return known[2]
+    def documents(self, source: Tensor, find: Callable[[], Documents], sizes: tuple[int, ...]) -> Documents:
+        """What `find` finds in `source`, once for all layers, and for recomputed passes.
+
+        Args:
+            source: borders or a mask. One is taken for another if it lies in the same memory and has not been written
+                to since; a tensor of inference mode, which keeps no count of writes, is read for every layer.
+            find: reads it, which waits for the device.
+            sizes: what else the documents follow from, such as the number of tokens.
+        """
+        if source.is_inference():
+            return find()
+        # The weak reference leaves the memory to be freed, but not its identity to be taken by another.
+        memory = StorageWeakRef(source.untyped_storage()), source.data_ptr(), source._version
+        key = (*memory, source.dtype, source.shape, source.stride(), sizes)
+        if key in self._documents:
+            return self._documents[key]
+        with torch.inference_mode(False):  # a later training pass may find them here
+            self._documents[key] = found = find()
+        if len(self._documents) > self.passes:
+            del self._documents[next(iter(self._documents))]  # not the least used: a backward pass is the last use
+        return found
 
     @property
     def merge_target(self) -> float:
@@ -175,6 +200,15 @@ class Compression:
         decisions = self.deciding * self.kv_heads * (1 if self.per_token else tokens)
         active = torch.as_tensor(self.merge_rate, device=device) < self.merge_target
         return -(active * self._loss_scale / decisions)
+
+
+def passes_in_flight(config: TransformerConfig) -> int:
+    """How many forward passes a rank makes at most in Megatron's pipelines from one to its backward pass, with it."""
+    stages, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    if chunks == 1:
+        return stages
+    # Interleaved, the first of a group passes through all chunks before it comes back through all.
+    return 2 * stages + 2 * (chunks - 1) * max(stages, config.microbatch_group_size_per_vp_stage or 0)
 
 
 class _Attach(torch.autograd.Function):

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dmc import megatron_hooks
 from megatron_dmc.attention import DMCSelfAttention, check_model
-from megatron_dmc.compression import Compression
+from megatron_dmc.compression import Compression, passes_in_flight
 from megatron_dmc.config import DMCConfig, DMCError
 
 megatron_hooks.keep_compiled_helpers()
@@ -63,7 +63,12 @@ def prepare_model(
     if compression is None:
         dmc = dmc or DMCConfig.from_environment()
         compression = Compression(
-            dmc, config.num_layers, config.num_query_groups, config.calculate_per_token_loss, deciding
+            dmc,
+            config.num_layers,
+            config.num_query_groups,
+            config.calculate_per_token_loss,
+            deciding,
+            passes_in_flight(config),
         )
         config.dmc_compression = compression
         config.experimental_attention_variant_loss_scale_func = compression.set_loss_scale

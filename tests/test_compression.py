@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from megatron_dmc.compression import Compression
+from megatron_dmc.compression import Compression, passes_in_flight
 from megatron_dmc.config import DMCConfig
+from megatron_dmc.ops.documents import Documents
 
 
 def stage(name, **changes):
@@ -95,3 +96,80 @@ def test_attach_leaves_the_output_and_its_gradient():
     assert torch.equal(attached, output)
     weights = torch.randn(5, 2)
     assert torch.equal(torch.autograd.grad((attached * weights).sum(), output)[0], weights)
+
+
+class Reading:
+    """A `Compression` that is asked where documents begin, and how often it had to read it."""
+
+    def __init__(self, passes):
+        self.compression, self.times = Compression(stage("finetune"), 1, 1, passes=passes), 0
+
+    def __call__(self, borders, tokens=10):
+        def find():
+            self.times += 1
+            return Documents.from_borders(borders, tokens)
+
+        return self.compression.documents(borders, find, (tokens,))
+
+
+def test_borders_are_read_again_when_they_have_changed():
+    read = Reading(passes=1)
+    borders = torch.tensor([0, 3, 10])
+    assert read(borders) is read(borders) is read(borders.detach()) and read.times == 1
+    borders[1] = 4
+    assert read(borders).starts == [[0, 4]] and read.times == 2
+    assert read(borders, 12).starts == [[0, 4, 10]] and read(borders[1:] - 4).starts == [[0, 6]] and read.times == 4
+    for start in range(1, 10):  # each where the one before was
+        assert read(torch.tensor([0, start, 10])).starts == [[0, start]]
+
+
+def test_borders_of_all_passes_under_way_are_kept():
+    read, batches = Reading(passes=3), [torch.tensor([0, start, 10]) for start in range(1, 9)]
+    waiting = []
+    for borders in batches:  # one forward pass more, then the oldest backward pass with its recomputation
+        waiting.append((borders, read(borders)))
+        if len(waiting) == 3:
+            borders, found = waiting.pop(0)
+            assert read(borders) is found
+    assert read.times == len(batches) and len(read.compression._documents) == 3
+
+
+def test_borders_of_inference_mode():
+    """They keep no count of writes. What is found there in others must serve a backward pass later."""
+    read, others = Reading(passes=1), torch.tensor([0, 2, 10])
+    with torch.inference_mode():
+        borders = torch.tensor([0, 3, 10])
+        assert read(borders).starts == [[0, 3]]
+        borders[1] = 4
+        assert read(borders).starts == [[0, 4]]
+        found = read(others)
+    assert read(others) is found
+    torch.randn(10, 1, requires_grad=True).masked_fill(found.first, 0.0).sum().backward()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("stages", "chunks", "group"), [(1, 1, None), (2, 1, None), (8, 1, None), (2, 3, 2), (4, 5, 4), (4, 2, 6)]
+)
+def test_passes_of_pipelines(stages, chunks, group, overlap):
+    """By Megatron's own schedule, of its first stage, which has most under way."""
+    from types import SimpleNamespace
+
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
+
+    groups = SimpleNamespace(size=lambda: stages, rank=lambda: 0)
+    virtual = None if chunks == 1 else chunks
+    link = SimpleNamespace(pp_group=groups, virtual_pipeline_model_parallel_size=virtual)
+    batches = 10 * (group or stages)
+    total, _, ahead, _ = get_pp_rank_microbatches(
+        batches, chunks, group, overlap_moe_expert_parallel_comm=overlap, p2p_communicator=link
+    )
+    forward = get_schedule_table(batches, chunks, group or stages)
+    backward = [(batch, chunks - 1 - chunk) for batch, chunk in forward]
+    most = max(min(backward.index(one) + ahead + 1, total) - forward.index(one) for one in forward)
+    config = SimpleNamespace(
+        pipeline_model_parallel_size=stages,
+        virtual_pipeline_model_parallel_size=virtual,
+        microbatch_group_size_per_vp_stage=group,
+    )
+    assert most <= passes_in_flight(config) <= most + 2

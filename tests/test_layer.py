@@ -435,6 +435,54 @@ def test_packed_documents_are_as_if_alone(fresh_seed, stage, how, positions):
         step([(rows, None, {})])
 
 
+def test_packed_documents_are_read_once_for_each_pass(fresh_seed, monkeypatch):
+    """Also where all layers run again in backward passes, and where a loop writes other borders to the same place."""
+    from megatron_dmc.ops.documents import Documents
+
+    times, read = 0, Documents.from_borders
+
+    def counted(*args):
+        nonlocal times
+        times += 1
+        return read(*args)
+
+    monkeypatch.setattr(Documents, "from_borders", counted)
+    cfg = config(**RECOMPUTE["full"])
+    cfg.pipeline_model_parallel_size = 2
+    model = gpt(cfg).train()
+    assert model.config.dmc_compression.passes == 2
+    model.config.dmc_compression.begin_step(0, 2)
+    rows, positions = torch.randint(0, 64, (1, 8), device="cuda"), torch.arange(8, device="cuda")[None]
+    losses = [model(rows, positions, None, packed_seq_params=packed([n, 8 - n])).sum() for n in (2, 5)]
+    for loss in losses:
+        loss.backward()
+    assert times == 2
+
+    def evaluate(params):
+        with torch.no_grad():
+            return model.eval()(rows, positions, None, packed_seq_params=params)
+
+    params = packed([2, 6])
+    before = evaluate(params)
+    params.cu_seqlens_q[1] = 5
+    after = evaluate(params)
+    assert not torch.allclose(before, after) and torch.equal(after, evaluate(packed([5, 3]))) and times == 5
+    params.cu_seqlens_q = packed([2, 6]).cu_seqlens_q
+    assert torch.equal(before, evaluate(params))
+
+
+def test_one_mask_for_all_sequences(fresh_seed):
+    model = gpt(config()).eval()
+    model.config.dmc_compression.packed_by_mask = True
+    document = torch.arange(4).repeat_interleave(torch.tensor([1, 9, 2, 6])).cuda()
+    mask = (document[:, None] != document).logical_or(torch.ones(18, 18, device="cuda").triu(1) > 0)[None, None]
+    rows, positions = torch.randint(0, 64, (3, 18), device="cuda"), torch.arange(18, device="cuda").expand(3, -1)
+    with torch.no_grad():
+        assert torch.equal(model(rows, positions, mask), model(rows, positions, mask.expand(3, -1, -1, -1)))
+        with pytest.raises(DMCError, match=r"\[b, 1, s, s\] with b = 3 sequences, .* got \(2, 1, 18, 18\)"):
+            model(rows, positions, mask.expand(2, -1, -1, -1))
+
+
 def test_packed_documents_are_for_training(fresh_seed):
     from megatron.core.inference.contexts import StaticInferenceContext
 
