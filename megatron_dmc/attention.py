@@ -143,7 +143,7 @@ class DMCCoreAttention(MegatronModule):
             return output
         if call.paged is not None:
             return self._paged(query, key, value, call, settings)
-        settings["kernel"] = choose_kernel(query) if dmc.dmc_kernel == "auto" else dmc.dmc_kernel
+        settings["kernel"] = choose_kernel(query, call.documents, dmc.dmc_kernel)
         settings["documents"] = call.documents
         settings |= self._of_chunks
         if self.training:

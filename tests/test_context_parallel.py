@@ -2,6 +2,7 @@
 
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from emulation import cuda_headers
 from megatron.core import parallel_state
-from test_fused import NAMES, ROUNDING, compare_results, error, run, some_documents
+from test_fused import NAMES, ROUNDING, compare_results, documents_one_by_one, error, run, some_documents
 
 from megatron_dmc.context_parallel import all_tokens, balanced, gather, in_order, own_tokens
 from megatron_dmc.ops import fused, reference
 from megatron_dmc.ops.chunks import dmc_attention_of_chunks, zero_out_attention_of_chunks
+from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise
 
 
@@ -103,6 +105,16 @@ def test_fused_attention_of_chunks_on_gpus(kernel, tmp_path):
     multiprocessing.spawn(_attend, (2, f"file://{tmp_path}/store", seed, kernel), nprocs=2)
 
 
+def by_flash(*args, **options):
+    """`zero_out_attention_of_chunks` as on a GPU, with a stand-in for the kernel: no mask of all tokens is made."""
+    kernels = SimpleNamespace(_flash_attention_forward=documents_one_by_one)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "flash_takes", lambda _: True)
+        patch.setattr(fused, "_aten", kernels)
+        patch.delattr(Documents, "apart")
+        return zero_out_attention_of_chunks(*args, **options)
+
+
 def _attend(rank, cp, store, seed, kernel="reference", emulated=None):
     if emulated is not None:
         torch.ops.load_library(emulated[0])
@@ -151,15 +163,16 @@ def _attend(rank, cp, store, seed, kernel="reference", emulated=None):
             compare_results(mine, *parts, [tokens(x) for x in grads], **options)
         if kernel != "dense":
             options = dict(last_channel=0.3, documents=options.get("documents"))
-            mine = [tokens(x).requires_grad_() for x in rows]
             whole = [x.clone().requires_grad_() for x in rows]
-            found = zero_out_attention_of_chunks(*mine, rotary, group=dist.group.WORLD, **options)
             expected = reference.zero_out_attention(*whole, rotary, **options)
-            found.backward(tokens(grads[0]).to(dtype))
             expected.backward(grads[0].to(dtype))
-            pairs = [(found, expected), *((x.grad, y.grad) for x, y in zip(mine, whole, strict=True))]
-            bound = 1e-12 if kernel == "reference" else 4 * ROUNDING[dtype]
-            assert all(error(x, tokens(y).double()) < bound for x, y in pairs)
+            for attend in (zero_out_attention_of_chunks, *([by_flash] if by_sequence and not on_gpus else [])):
+                mine = [tokens(x).requires_grad_() for x in rows]
+                found = attend(*mine, rotary, group=dist.group.WORLD, **options)
+                found.backward(tokens(grads[0]).to(dtype))
+                pairs = [(found, expected), *((x.grad, y.grad) for x, y in zip(mine, whole, strict=True))]
+                bound = 1e-12 if kernel == "reference" else 4 * ROUNDING[dtype]
+                assert all(error(x, tokens(y).double()) < bound for x, y in pairs)
     with pytest.raises(ValueError, match=f"at most the {chunk} tokens of a chunk; got {chunk + 1}"):
         dmc_attention_of_chunks(*(tokens(x) for x in rows), None, group=dist.group.WORLD, window=chunk + 1)
     dist.destroy_process_group()

@@ -33,6 +33,10 @@ def test_parts_of_sequences():
     chunks = packed.within((3, 1), 4)
     assert chunks.starts == [[0], [0], [0], [0], [0], [0, 1]]
     assert chunks.first.shape == (4, 6)
+    assert chunks.before == [3, 12, 7, 2, 4, 4] and chunks.longest == 4
+    borders, longest = chunks.with_before
+    assert borders.tolist() == [0, 7, 23, 34, 40, 48, 53, 56] and borders.dtype == torch.int32 and longest == 16
+    assert packed.with_before[0].tolist() == packed.borders.tolist() and packed.with_before[1] == packed.longest
     for sequence, of_one in enumerate(STARTS):
         for begin in range(1, TOKENS):
             for end in range(begin + 1, TOKENS + 1):

@@ -6,9 +6,13 @@ the reference operations differ that run on the same inputs and round once, at t
 
 import math
 import shutil
+import warnings
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +20,7 @@ from megatron_dmc.ops import fused, reference
 from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise, _philox
 
+sdpa = F.scaled_dot_product_attention
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 1e-5}
 NAMES = ("output", "alpha", "grad query", "grad key", "grad value")
@@ -104,6 +109,21 @@ def compare_results(ours, plain, exact, grads, temperature=None, **_):
     assert not bad, f"{bad} of {report}"
 
 
+def documents_one_by_one(
+    query, key, value, borders, key_borders, longest, longest_key, dropout, causal, debug, *, scale=None
+):
+    """What `_flash_attention_forward` computes of documents, the output alone: their last query sees their last key."""
+    assert causal and not dropout and borders.dtype == key_borders.dtype == torch.int32
+    queries, keys = ([b - a for a, b in pairwise(x.tolist())] for x in (borders, key_borders))
+    assert max(queries) == longest and max(keys) == longest_key
+    outputs = []
+    for q, k, v in zip(query.split(queries), key.split(keys), value.split(keys), strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        seen = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - q.shape[1])
+        outputs.append(sdpa(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(outputs), None, None, None, None
+
+
 def test_philox_gives_its_published_vectors():
     """Known answers of Philox4x32-10 from the authors' Random123 library."""
 
@@ -140,6 +160,43 @@ def test_the_reference_runs_where_there_is_no_gpu():
         fused.dmc_attention(q, k, v, None, kernel="cudnn")
     with pytest.raises(ValueError, match="kernel must be auto or one of"):
         fused.dmc_attention(q, k, v, None, kernel="triton")
+
+
+def a_query(channels, dtype=torch.bfloat16):
+    return SimpleNamespace(shape=(10, 2, 4, channels), is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
+
+
+def test_documents_run_on_what_is_chosen(monkeypatch):
+    for name in ("_unsupported", "_no_cudnn"):
+        monkeypatch.setattr(fused, name, lambda _: None)
+    query, documents = a_query(64), some_documents(10, 2, "cpu")
+    assert fused.choose_kernel(query) == fused.choose_kernel(query, None, "cudnn") == "cudnn"
+    for kernel, chosen in dict(auto="flash", cudnn="flash", flash="flash", dense="dense").items():
+        assert fused.choose_kernel(query, documents, kernel) == chosen
+    assert fused.choose_kernel(a_query(64, torch.float32), documents) == "reference"
+    with pytest.raises(ValueError, match=r"kernel must be auto or one of cudnn, .*; got 'triton'"):
+        fused.choose_kernel(query, documents, "triton")
+
+
+@pytest.mark.parametrize(
+    ("channels", "capability", "takes"),
+    [(64, (8, 0), True), (256, (9, 0), True), (72, (10, 0), True), (100, (9, 0), False), (264, (9, 0), False),
+     (64, (7, 5), False)],
+)  # fmt: skip
+def test_zero_out_runs_on_what_takes_it(monkeypatch, channels, capability, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(reference, "zero_out_attention", lambda *_, **__: "reference")
+    monkeypatch.setattr(reference, "_check", lambda *_: None)
+    monkeypatch.setattr(reference, "fade_last_channel", lambda *_: torch.zeros(10, 2, 4, channels))
+    monkeypatch.setattr(fused, "attend", lambda kernel, query, *_: (query, kernel))
+    rows, documents = [a_query(channels)] * 2 + [torch.zeros(10, 2, 4, channels)], some_documents(10, 2, "cpu")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = fused.zero_out_attention(*rows, None, last_channel=0.5, documents=documents)
+    assert isinstance(found, torch.Tensor) == takes and (takes or found == "reference")
+    assert len(caught) == (not takes)
+    if not takes:
+        assert f"there are {channels}, on {capability[0]}.{capability[1]}" in str(caught[0].message)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc when the package is installed")
@@ -230,6 +287,34 @@ def test_documents(fresh_seed, kernel, window, channels):
             f(*qkv, rotary_tables(517, 0), last_channel=0.4, documents=documents)
             for f in (reference.zero_out_attention, fused.zero_out_attention)
         )
+        assert error(got, want.double()) < 4 * ROUNDING[torch.bfloat16]
+
+
+@gpu
+@pytest.mark.parametrize("longest", [1, 2, 700])
+@pytest.mark.parametrize("channels", fused.HEAD_SIZES)
+def test_documents_of_more_keys_than_queries(fresh_seed, channels, longest):
+    queries = torch.randint(1, longest + 1, (9,))
+    before = torch.randint(0, 400, (9,)) * (torch.rand(9) < 0.5)
+    (n, of_queries), (m, of_keys) = (
+        (lengths.sum().item(), (F.pad(lengths.cumsum(0), (1, 0)).int().cuda(), lengths.max().item()))
+        for lengths in (queries, queries + before)
+    )
+    rows = [
+        torch.randn(tokens, heads, channels, device="cuda").bfloat16() for tokens, heads in ((n, 8), (m, 2), (m, 2))
+    ]
+    grad, results = torch.randn(n, 8, channels, device="cuda"), []
+    for attend, dtype in ((fused.attend_documents, torch.bfloat16), (None, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in rows]
+        if attend is not None:
+            output, _ = attend(*leaves, 0.2, of_queries, of_keys)
+        else:
+            (borders, most), (key_borders, most_keys) = of_queries, of_keys
+            output, *_ = documents_one_by_one(
+                *leaves, borders, key_borders, most, most_keys, 0.0, True, False, scale=0.2
+            )
+        results.append([output, *torch.autograd.grad(output, leaves, grad.to(dtype))])
+    for got, want in zip(*results, strict=True):
         assert error(got, want.double()) < 4 * ROUNDING[torch.bfloat16]
 
 

@@ -483,6 +483,25 @@ def test_one_mask_for_all_sequences(fresh_seed):
             model(rows, positions, mask.expand(2, -1, -1, -1))
 
 
+def test_what_attention_ran_on_is_noted(fresh_seed, monkeypatch):
+    """Documents run on the flash kernel where cuDNN is asked for."""
+    import megatron_dmc.attention
+
+    model, ran = gpt(config(), DMCConfig(dmc_stage="retrofit", dmc_kernel="cudnn", dmc_noise=False)).train(), []
+
+    def attend(*args, kernel, **options):
+        ran.append(kernel)
+        return dmc_attention(*args, **options)
+
+    monkeypatch.setattr(megatron_dmc.attention, "dmc_attention", attend)
+    compression = model.config.dmc_compression
+    compression.begin_step(0, 2)
+    rows, positions = torch.randint(0, 64, (1, 8), device="cuda"), torch.arange(8, device="cuda")[None]
+    for params, kernel in ((packed([2, 6]), "flash"), (None, "cudnn")):
+        model(rows, positions, None, packed_seq_params=params)
+        assert ran[-1] == compression.kernel == kernel
+
+
 def test_packed_documents_are_for_training(fresh_seed):
     from megatron.core.inference.contexts import StaticInferenceContext
 

@@ -63,7 +63,7 @@ def dmc_attention_of_chunks(
             f"with all_gather, window must be at least 1 (there is no unlimited one) and at most the {chunk} tokens of "
             f"a chunk; got {window}: choose another window, longer sequences or a2a"
         )
-    kernel = fused.choose_kernel(query) if kernel == "auto" else kernel
+    kernel = fused.choose_kernel(query, documents, kernel)
     chunks = own_chunks(group)
     within = None
     if documents is not None:
@@ -75,7 +75,6 @@ def dmc_attention_of_chunks(
         within = documents.within(chunks, chunk)
         firsts = documents.first.unflatten(0, (-1, chunk))
         key = separate(key, torch.cat([firsts[i] for i in chunks]))
-        kernel = "flash" if kernel == "cudnn" else kernel
     query, key, value = with_borders((query, key, value), window, group)
     if chunks[0] == 0:  # the sequence's first token has nothing to merge into
         key[window, 0, :, :, -1] = NEVER
@@ -109,7 +108,7 @@ def dmc_attention_of_chunks(
             query, key, value, cos, sin, noise, group, documents, within, window, offset, temperature, interleaved,
             scale, kernel,
         )  # fmt: skip
-    return _one_after_the_other(output), _one_after_the_other(alpha)
+    return _chunks_in_line(output), _chunks_in_line(alpha)
 
 
 def zero_out_attention_of_chunks(
@@ -124,12 +123,18 @@ def zero_out_attention_of_chunks(
     interleaved: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """`reference.zero_out_attention` of this rank's tokens; arguments as above."""
+    """`reference.zero_out_attention` of this rank's tokens; arguments as above.
+
+    With documents, in memory linear in the length where flash runs.
+    """
     chunk = len(query) // 2
     if rotary is not None:
         rotary = tuple(torch.cat([t[i * chunk : (i + 1) * chunk] for i in own_chunks(group)]) for t in rotary)
     query, key = (reference.fade_last_channel(x, rotary, last_channel, interleaved) for x in (query, key))
-    keys, values = gather(torch.cat([key, value], 2), group).chunk(2, 2)
+    everything = gather(torch.cat([key, value], 2), group)
+    if documents is not None and fused.flash_takes(query):
+        return _unmerged_documents(query, everything, documents, own_chunks(group), scale)
+    keys, values = everything.chunk(2, 2)
     outputs = []
     for i, own in zip(own_chunks(group), query.split(chunk), strict=True):
         seen = (i + 1) * chunk
@@ -141,13 +146,30 @@ def zero_out_attention_of_chunks(
     return torch.cat(outputs, 2).permute(2, 0, 1, 3)
 
 
-def _one_after_the_other(x: Tensor) -> Tensor:
-    """From two chunks as sequences `[c, 2·b, …]` to `[2·c, b, …]`."""
+def _unmerged_documents(
+    query: Tensor, everything: Tensor, documents: Documents, chunks: tuple[int, int], scale: float | None
+) -> Tensor:
+    """Causal attention within documents by the flash kernel, of the two chunks' queries `[2·c, b, h, d]`, to keys and
+    values of all tokens `[s, b, 2·g, d]`: of each chunk's first document also those before the chunk."""
+    chunk = len(query) // 2
+    within = documents.within(chunks, chunk)
+    sequences = everything.unbind(1)  # a slice's gradient has the size of what it is a slice of
+    ends = ((sequences[j], (i + 1) * chunk) for i in chunks for j in range(len(sequences)))
+    seen = torch.cat([x[end - chunk - before : end] for (x, end), before in zip(ends, within.before, strict=True)])
+    rows = _chunks_side_by_side(query).transpose(0, 1).flatten(0, 1)
+    output, _ = fused.attend_documents(
+        rows, *seen.chunk(2, 1), scale, (within.borders, within.longest), within.with_before
+    )
+    return _chunks_in_line(output.unflatten(0, (-1, chunk)).transpose(0, 1))
+
+
+def _chunks_in_line(x: Tensor) -> Tensor:
+    """From two chunks as sequences `[c, 2·b, …]` to one after the other `[2·c, b, …]`."""
     return x.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 1)
 
 
-def _side_by_side(x: Tensor) -> Tensor:
-    """From `[2·c, b, …]` to `[c, 2·b, …]`."""
+def _chunks_side_by_side(x: Tensor) -> Tensor:
+    """From one after the other `[2·c, b, …]` to two chunks as sequences `[c, 2·b, …]`."""
     return x.unflatten(0, (2, -1)).transpose(0, 1).flatten(1, 2)
 
 
@@ -161,7 +183,7 @@ def _reference(
     rotated, merged_key = (reference.rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
     own = slice(window, -1)
     everything = torch.cat([merged_key, merged_value, reference.key_bias(keep)[..., None]], -1)[own]
-    everything = gather(_one_after_the_other(everything), group)
+    everything = gather(_chunks_in_line(everything), group)
     keys, values, bias = everything.split([key.shape[-1], value.shape[-1], 1], -1)
     chunk = len(query) - window - 1
     outputs = []
@@ -235,7 +257,7 @@ class _Fused(torch.autograd.Function):
             to_query.add_(to_past[0])
             of_all[where].add_(torch.cat([x.permute(2, 0, 1, 3) for x in to_past[1:]], 2))
         for mine, found in zip(
-            (grad_key, grad_value), _side_by_side(reduce_scatter(of_all, group)).chunk(2, 2), strict=True
+            (grad_key, grad_value), _chunks_side_by_side(reduce_scatter(of_all, group)).chunk(2, 2), strict=True
         ):
             mine.add_(found)
 
@@ -270,7 +292,7 @@ def _past(group: Any, documents: Documents | None, *tensors: Tensor):
     """
     *parts, key, value = tensors
     chunk, b = len(key), key.shape[1] // 2
-    everything = gather(_one_after_the_other(torch.cat([key, value], 2)), group)
+    everything = gather(_chunks_in_line(torch.cat([key, value], 2)), group)
     keys, values = map(fused.heads_first, everything.chunk(2, 2))
     for place, i in enumerate(own_chunks(group)):
         begin = i * chunk

@@ -25,6 +25,7 @@ class Documents:
         starts: of each sequence, the tokens with which a document begins, ascending from 0.
         tokens: `s`.
         device: of the tensors.
+        before: of each sequence, how many tokens of its first document came before it, if any did.
 
     Raises:
         ValueError: for starts that do not begin with 0, do not ascend or lie beyond the tokens.
@@ -35,7 +36,13 @@ class Documents:
         longest: tokens of the longest document.
     """
 
-    def __init__(self, starts: Sequence[Sequence[int]], tokens: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        starts: Sequence[Sequence[int]],
+        tokens: int,
+        device: torch.device | str,
+        before: Sequence[int] | None = None,
+    ) -> None:
         for of_one in starts:
             if not of_one or of_one[0] != 0 or of_one[-1] >= tokens or any(a >= b for a, b in pairwise(of_one)):
                 raise ValueError(
@@ -43,6 +50,7 @@ class Documents:
                     f"{_shortened(of_one)}"
                 )
         self.starts, self.tokens = starts, tokens
+        self.before = [0] * len(starts) if before is None else before
         self._within: tuple[tuple, Documents] | None = None
         borders = [i * tokens + start for i, of_one in enumerate(starts) for start in of_one] + [len(starts) * tokens]
         self.longest = max(b - a for a, b in pairwise(borders))
@@ -81,6 +89,16 @@ class Documents:
         count = torch.arange(self.tokens, device=self.first.device)[:, None]
         return count - torch.where(self.first, count, 0).cummax(0).values
 
+    @cached_property
+    def with_before(self) -> tuple[Tensor, int]:
+        """`borders` and `longest` where each sequence begins with the tokens that came `before` it."""
+        borders, more = [0], 0
+        for i, (of_one, before) in enumerate(zip(self.starts, self.before, strict=True)):
+            more += before
+            borders += [i * self.tokens + end + more for end in (*of_one[1:], self.tokens)]
+        longest = max(b - a for a, b in pairwise(borders))
+        return torch.tensor(borders, dtype=torch.int32).to(self.first.device, non_blocking=True), longest
+
     def apart(self, rows: slice = slice(None), seen: int | None = None) -> Tensor:
         """bool `[b, rows, seen]`: whether queries of the tokens `rows` and the first `seen` keys are of different
         documents."""
@@ -88,19 +106,22 @@ class Documents:
         return document[:, rows, None] != document[:, None, :seen]
 
     def within(self, chunks: Sequence[int], size: int) -> Documents:
-        """Of some of the sequences' chunks of `size` tokens, each a sequence of its own, and in each document's part.
+        """Of some of the sequences' chunks of `size` tokens, each a sequence of its own, and in each document's part;
+        `before` says what its first document has before the chunk.
 
         The chunks' sequences come one chunk after the other. Kept for the next layer that asks for the same.
         """
         key = (tuple(chunks), size)
         if self._within is not None and self._within[0] == key:
             return self._within[1]
-        starts = []
+        starts, before = [], []
         for begin in (i * size for i in chunks):
             for of_one in self.starts:
-                inside = of_one[bisect_right(of_one, begin) : bisect_left(of_one, begin + size)]
+                next_one = bisect_right(of_one, begin)
+                inside = of_one[next_one : bisect_left(of_one, begin + size)]
                 starts.append([0, *(start - begin for start in inside)])
-        found = Documents(starts, size, self.first.device)
+                before.append(begin - of_one[next_one - 1])
+        found = Documents(starts, size, self.first.device, before)
         self._within = key, found
         return found
 

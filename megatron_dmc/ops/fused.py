@@ -60,7 +60,7 @@ def dmc_attention(
     Args:
         query, key, value: any strides with 1 in the last dimension, such as views of a fused projection.
         noise: a tensor, or `LogisticNoise`, drawn inside the kernel.
-        kernel: one of `KERNELS`, or "auto" for what `choose_kernel` says. With documents, "cudnn" is "flash".
+        kernel: one of `KERNELS` or "auto", see `choose_kernel`.
 
     Raises:
         ValueError: for arguments that do not fit or a kernel that cannot run; the message names the argument.
@@ -69,10 +69,7 @@ def dmc_attention(
     reference._check(query, key, value, rotary, window, temperature, tensor_noise, documents)
     if noise is not None and temperature is None:
         raise ValueError("noise belongs to soft decisions: give a temperature as well")
-    if kernel == "auto":
-        kernel = choose_kernel(query)
-    elif kernel not in KERNELS:
-        raise ValueError(f"kernel must be auto or one of {', '.join(KERNELS)}; got {kernel!r}")
+    kernel = choose_kernel(query, documents, kernel)
     if kernel == "reference":
         if isinstance(noise, LogisticNoise):
             noise = noise.sample(*key.shape[:3])
@@ -85,7 +82,6 @@ def dmc_attention(
     borders, longest = None, 0
     if documents is not None:
         key, borders, longest = separate(key, documents.first), documents.borders, documents.longest
-        kernel = "flash" if kernel == "cudnn" else kernel
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not 0 < window <= max_window(query.dtype, query.shape[-1]):
         return _attention_any_window(
@@ -113,7 +109,7 @@ def zero_out_attention(
 ) -> Tensor:
     """`reference.zero_out_attention`, in memory linear in the length with documents, too, where flash runs."""
     settings = dict(last_channel=last_channel, interleaved=interleaved, scale=scale)
-    if documents is None or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+    if documents is None or not flash_takes(query):
         return reference.zero_out_attention(query, key, value, rotary, documents=documents, **settings)
     reference._check(query, key, value, rotary, 0, None, None, documents)
     query, key = (reference.fade_last_channel(x, rotary, last_channel, interleaved) for x in (query, key))
@@ -122,19 +118,48 @@ def zero_out_attention(
     return output.permute(2, 0, 1, 3)
 
 
-def choose_kernel(query: Tensor) -> str:
-    """Which of `KERNELS` runs for queries like these: cuDNN on Hopper and later, else PyTorch's flash kernel; the
-    reference on CPUs, in float32 and float64, for other head sizes, and where the extension was not built.
+def choose_kernel(query: Tensor, documents: Documents | None = None, kernel: str = "auto") -> str:
+    """Which of `KERNELS` runs for queries `[s, b, h, d]` like these and `documents` (or `None`) where `kernel` is asked
+    for. It is that one, but flash, which knows documents, for cuDNN, which does not.
 
-    cuDNN's backward pass is not deterministic: under `torch.use_deterministic_algorithms` the flash kernel runs.
+    "auto" asks for cuDNN on Hopper and later, else for PyTorch's flash kernel; for the reference on CPUs, in float32
+    and float64, for other head sizes, and where the extension was not built. cuDNN's backward pass is not
+    deterministic: under `torch.use_deterministic_algorithms` "auto" asks for flash.
+
+    Raises:
+        ValueError: for a kernel of another name.
     """
+    if kernel == "auto":
+        kernel = _fastest_kernel(query)
+    elif kernel not in KERNELS:
+        raise ValueError(f"kernel must be auto or one of {', '.join(KERNELS)}; got {kernel!r}")
+    return "flash" if kernel == "cudnn" and documents is not None else kernel
+
+
+def _fastest_kernel(query: Tensor) -> str:
     if (reason := _unsupported(query)) is not None:
         if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-            warnings.warn(f"DMC attention runs on the slow reference operations: {reason}", stacklevel=2)
+            warnings.warn(f"DMC attention runs on the slow reference operations: {reason}", stacklevel=3)
         return "reference"
     if query.dtype == torch.float32:
         return "reference"
     return "flash" if _no_cudnn(query) else "cudnn"
+
+
+def flash_takes(query: Tensor) -> bool:
+    """Whether PyTorch's flash kernel takes queries `[s, b, h, d]` like these. (The fused kernels take fewer.)"""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    channels, capability = query.shape[-1], torch.cuda.get_device_capability(query.device)
+    if channels % 8 == 0 and channels <= 256 and capability >= (8, 0):
+        return True
+    warnings.warn(
+        f"attention within packed documents takes memory quadratic in their length: the flash kernel takes heads of "
+        f"multiples of 8 up to 256 channels, on compute capability 8.0 or later; there are {channels}, on "
+        f"{capability[0]}.{capability[1]}",
+        stacklevel=3,
+    )
+    return False
 
 
 def _no_cudnn(query: Tensor) -> str | None:
@@ -232,10 +257,8 @@ def attend(
     `borders` and `longest` are those of `Documents`, which do not see each other.
     """
     if kernel == "flash" and borders is not None:
-        rows = (_one_after_the_other(x) for x in (query, key, value))
-        output, lse, *_ = _aten._flash_attention_forward(
-            *rows, borders, borders, longest, longest, 0.0, causal, False, scale=scale
-        )
+        rows = (_as_rows(x) for x in (query, key, value))
+        output, lse = attend_documents(*rows, scale, (borders, longest), (borders, longest))
         return _as_sequences(output, query), lse.unflatten(1, (len(query), -1)).transpose(0, 1)
     if kernel == "cudnn":
         output, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
@@ -252,6 +275,27 @@ def attend(
     return output, lse.view(output.shape[:3])
 
 
+def attend_documents(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, of_queries: tuple[Tensor, int],
+    of_keys: tuple[Tensor, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and log-sum-exp of the flash kernel, causal within documents. Differentiable.
+
+    Args:
+        query, key, value: rows `[tokens, h | g, d]`, one document after the other.
+        of_queries, of_keys: where documents begin among the rows and their end, int32 `[documents + 1]`, and the tokens
+            of the longest. Of a document with more keys than queries, the last query sees the last key.
+
+    Returns:
+        `[tokens, h, d]` and float32 `[h, tokens]`.
+    """
+    (borders, longest), (key_borders, longest_key) = of_queries, of_keys
+    output, lse, *_ = _aten._flash_attention_forward(
+        query, key, value, borders, key_borders, longest, longest_key, 0.0, True, False, scale=scale
+    )
+    return output, lse
+
+
 def attend_backward(
     kernel: str, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, scale: float,
     causal: bool = True, borders: Tensor | None = None, longest: int = 0,
@@ -260,7 +304,7 @@ def attend_backward(
     s, n, lse = query.shape[2], key.shape[2], lse.contiguous()
     unused = torch.empty((), dtype=torch.int64, device=query.device)  # dropout's random state
     if kernel == "flash" and borders is not None:
-        rows = (_one_after_the_other(x) for x in (grad, query, key, value, output))
+        rows = (_as_rows(x) for x in (grad, query, key, value, output))
         grads = _aten._flash_attention_backward(
             *rows, lse.transpose(0, 1).flatten(1).contiguous(), borders, borders, longest, longest, 0.0, causal, unused,
             unused, scale=scale,
@@ -288,8 +332,8 @@ def attend_backward(
     return tuple(g.to(query.dtype).contiguous().permute(1, 2, 0, 3) for g in grads)
 
 
-def _one_after_the_other(x: Tensor) -> Tensor:
-    """From sequences `[b, heads, s, d]` to `[b·s, heads, d]`."""
+def _as_rows(x: Tensor) -> Tensor:
+    """From sequences `[b, heads, s, d]` to their tokens `[b·s, heads, d]`."""
     return x.transpose(1, 2).flatten(0, 1)
 
 
