@@ -235,7 +235,7 @@ class DMCSelfAttention(SelfAttention):
         """As `SelfAttention.forward`; the arguments that DMC has no meaning for must be `None`.
 
         Packed documents come with `packed_seq_params`, or, where `Compression.packed_by_mask` says so, with an
-        `attention_mask` that is true where a token must not see another.
+        `attention_mask` `[b | 1, 1, s, s]` that is true where a token must not see another.
         """
         refused = dict(
             key_value_states=key_value_states,
@@ -267,6 +267,11 @@ class DMCSelfAttention(SelfAttention):
             positions = slice(None)
         elif compression.packed_by_mask and context is None:
             documents = self._masked(attention_mask, hidden_states.shape[1])
+        if documents is not None and rotary_pos_emb is not None and self.config.mrope_section is not None:
+            raise DMCError(
+                "packed documents cannot be used with position_embedding_type = mrope (config.mrope_section is set), "
+                "whose angles are those of position ids, not of a token's place in its document; use rope"
+            )
         call = DMCCall(
             rotary=self._rotary_tables(rotary_pos_emb, positions, compression, documents),
             documents=documents,

@@ -108,6 +108,11 @@ def _check_arguments(args: Any) -> None:
             "--dataloader-inter-document-masking: with context parallelism Megatron's multi-token prediction expects "
             "every document shared out by itself; leave one of the two out",
         ),
+        (
+            (masks or borders or args.sft) and args.position_embedding_type == "mrope",
+            "--position-embedding-type mrope: its angles are those of position ids, not of a token's place in its "
+            "document; use rope, or leave packing out",
+        ),
         (args.hybrid_context_parallel, "--hybrid-context-parallel: DMC knows one context-parallel group; leave it out"),
     ]
     if found := [message for refused, message in refusals if refused]:

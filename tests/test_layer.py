@@ -509,6 +509,9 @@ def test_packed_documents_are_for_training(fresh_seed):
     hidden = torch.zeros(3, 1, 32, device="cuda")
     with pytest.raises(DMCError, match="packed documents are for training"):
         attention(hidden, None, inference_context=StaticInferenceContext(1, 8), packed_seq_params=packed([3]))
+    attention.config.mrope_section = [1, 1, 2]
+    with pytest.raises(DMCError, match="position_embedding_type = mrope"):
+        attention(hidden, None, rotary_pos_emb=torch.zeros(3, 1, 1, 8, device="cuda"), packed_seq_params=packed([3]))
     params = packed([3])
     params.qkv_format = "sbhd"
     with pytest.raises(DMCError, match="qkv_format = 'thd'; got 'sbhd'"):

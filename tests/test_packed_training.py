@@ -85,11 +85,13 @@ def test_what_would_mix_documents_is_refused():
         reset_attention_mask=False, create_attention_mask_in_dataloader=True, dataloader_inter_document_masking=False,
         sft=False, hybrid_context_parallel=False, pipeline_model_parallel_size=1, context_parallel_size=1,
         virtual_pipeline_model_parallel_size=None, micro_batch_size=2, hybrid_layer_pattern=None, mtp_num_layers=None,
+        position_embedding_type="rope",
     )  # fmt: skip
     masks, borders = dict(reset_attention_mask=True), dict(dataloader_inter_document_masking=True)
     context, mamba = dict(context_parallel_size=2), dict(hybrid_layer_pattern="M*-")
     stages = dict(pipeline_model_parallel_size=3, micro_batch_size=1)
-    for flags in ({}, masks, borders | context, borders | mamba, masks | borders | stages):
+    mrope = dict(position_embedding_type="mrope")
+    for flags in ({}, mrope, masks, borders | context, borders | mamba, masks | borders | stages):
         _check_arguments(SimpleNamespace(**fine | flags))
     for flags, message in (
         (masks | dict(create_attention_mask_in_dataloader=False), "needs the data loader's masks"),
@@ -103,6 +105,7 @@ def test_what_would_mix_documents_is_refused():
         (masks | mamba, "Mamba layers read no masks"),
         (borders | mamba | context, "Megatron's Mamba layers expect"),
         (borders | context | dict(mtp_num_layers=1), "multi-token prediction expects"),
+        *((packed | mrope, "--position-embedding-type mrope") for packed in (masks, borders, dict(sft=True))),
         (dict(hybrid_context_parallel=True), "--hybrid-context-parallel"),
     ):
         with pytest.raises(DMCError, match=message):
