@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from megatron_dmc.arguments import gpt_config
 from megatron_dmc.config import DMCConfig, DMCError
 from megatron_dmc.cpu import CPU_ARGUMENTS, default_environment
+from megatron_dmc.resume import TRACKER
 
 NOT_THE_MODEL = dict(
     virtual_pipeline_model_parallel_size=None,
@@ -73,7 +75,7 @@ def find_checkpoint(path: str | Path) -> Path:
     from megatron.core.dist_checkpointing import check_is_distributed_checkpoint
 
     path = Path(path)
-    tracker = path / "latest_checkpointed_iteration.txt"
+    tracker = path / TRACKER
     if tracker.is_file():
         latest = tracker.read_text().strip()
         path = path / (f"iter_{int(latest):07d}" if latest.isdigit() else latest)
@@ -260,11 +262,9 @@ def build_model(args: Namespace, dmc: DMCConfig, perform_initialization: bool = 
         perform_initialization: draw random weights.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
 
-    config = gpt_config_from_args(args)
-    config.rope_scaling_factor = getattr(args, "rope_scaling_factor", 8.0)  # Megatron 0.19.2 forgets it
+    config = gpt_config(args)
     if dmc.dmc_stage is not None:
         from megatron_dmc.spec import dmc_layer_spec
 

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import yaml
 from torch import Tensor
 
 from megatron_dmc import nvidia
+from megatron_dmc.arguments import parse
 from megatron_dmc.config import DMCConfig, DMCError
 from megatron_dmc.distributed_checkpoint import Reader, write
 from megatron_dmc.exported import CARD, CODE, model_card, read_report, with_dmc, without_dmc, write_code
@@ -247,10 +245,6 @@ def to_hugging_face(
 
 def _arguments(model: Architecture, tokenizer: Path, dtypes: dict[str, torch.dtype]) -> argparse.Namespace:
     """What a training run of this model would save as its arguments, by Megatron's own parser."""
-    from megatron.training import arguments
-
-    from megatron_dmc.commands.plan import _parser
-
     flags = model.flags() | {
         # What Megatron's parser cannot do without; a training run gives its own.
         "seq-length": model.positions,
@@ -265,22 +259,7 @@ def _arguments(model: Architecture, tokenizer: Path, dtypes: dict[str, torch.dty
     if (kind := kinds.get(dtypes["decoder.layers.mlp.linear_fc2.weight"])) is not None:
         flags[kind] = True
     words = [word for flag, value in flags.items() for word in (f"--{flag}", *([] if value is True else [str(value)]))]
-    said = io.StringIO()
-    try:
-        with (
-            contextlib.redirect_stdout(said),
-            # As on Hopper: the machine that converts need not have a GPU.
-            mock.patch.object(arguments, "get_device_arch_version", return_value=9),
-            mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
-            mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"),
-        ):
-            args = _parser().parse_args(words)
-            args.rank, args.world_size = 0, 1
-            args._is_global_batch_size_explicitly_specified = False
-            arguments.validate_args(args)
-    except (AssertionError, ValueError, RuntimeError, TypeError, SystemExit) as error:
-        raise DMCError(f"Megatron refuses the model's arguments: {error}") from error
-    return args
+    return parse(words, 1, "the model's arguments")
 
 
 def _configuration(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import functools
-import io
 import json
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
-from unittest import mock
 
+from megatron_dmc.arguments import as_on_hopper, gpt_config, parse
 from megatron_dmc.config import DMCError
 from megatron_dmc.recipe import ENDPOINT, Command, Launch, add_arguments, resolve
 
@@ -222,20 +218,6 @@ def make_plan(options: argparse.Namespace) -> Plan:
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise DMCError(f"Megatron has no such arguments: {message}. Its flags: megatron-dmc train --help")
-
-
-@functools.cache
-def _parser() -> argparse.ArgumentParser:
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_dmc.commands.train import _arguments
-
-    return _arguments(add_megatron_arguments(_Parser(allow_abbrev=False)))
-
-
 def megatron_arguments(command: Command, gpus: int) -> argparse.Namespace:
     """A command's arguments, parsed and validated by Megatron as on Hopper GPUs, and the model checked by DMC.
 
@@ -244,47 +226,25 @@ def megatron_arguments(command: Command, gpus: int) -> argparse.Namespace:
     Raises:
         DMCError: for what Megatron or DMC refuses.
     """
-    import torch
-    from megatron.training import arguments
-    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     from megatron_dmc.attention import check_model
     from megatron_dmc.distillation import Teacher
 
-    try:
-        args = _parser().parse_args(command.training())
-    except SystemExit as error:
-        raise DMCError(f"the arguments of {command.stage} ask for help, not for training") from error
-    args.rank, args.world_size = 0, gpus
-    args._is_global_batch_size_explicitly_specified = args.global_batch_size is not None
-    said = io.StringIO()
-    try:
-        with (
-            contextlib.redirect_stdout(said),
-            mock.patch.object(arguments, "get_device_arch_version", return_value=9),
-            mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
-            mock.patch.dict(os.environ, CUDA_DEVICE_MAX_CONNECTIONS="1"),  # as `train` has it
-        ):
-            arguments.validate_args(args)
-            if args.padded_vocab_size is None:
-                if args.vocab_size is None:
-                    raise DMCError(
-                        "a plan must know the vocabulary: set padded-vocab-size (the embedding's rows) or vocab-size"
-                    )
-                args.padded_vocab_size = calculate_padded_vocab_size(
-                    args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, False
+    what = f"the arguments of {command.stage}"
+    args = parse(command.training(), gpus, what)
+    with as_on_hopper(what):
+        if args.padded_vocab_size is None:
+            if args.vocab_size is None:
+                raise DMCError(
+                    "a plan must know the vocabulary: set padded-vocab-size (the embedding's rows) or vocab-size"
                 )
-            unfused = copy.copy(args)
-            unfused.apply_rope_fusion = False  # it asks for Transformer Engine, which need not be here
-            config = gpt_config_from_args(unfused)
-    except DMCError:
-        raise
-    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        raise DMCError(f"Megatron refuses the arguments of {command.stage}: {error}") from error
-    except SystemExit as error:
-        lines = said.getvalue().strip().splitlines() or [f"it ended with {error.code}"]
-        raise DMCError(f"Megatron refuses the arguments of {command.stage}: {lines[-1]}") from error
+            args.padded_vocab_size = calculate_padded_vocab_size(
+                args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, False
+            )
+        unfused = copy.copy(args)
+        unfused.apply_rope_fusion = False  # it asks for Transformer Engine, which need not be here
+        config = gpt_config(unfused)
     check_model(config.transformer)
     Teacher.from_args(args)
     stages = args.pipeline_model_parallel_size

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 
 from megatron_dmc import distillation
+from megatron_dmc.arguments import gpt_config
 from megatron_dmc.config import DMCConfig, DMCError, add_flags
 from megatron_dmc.cpu import default_environment, emulate_cuda
 from megatron_dmc.distillation import Teacher
+from megatron_dmc.resume import TRACKER
 
 EXAMPLES = """\
 Megatron's training loop: every Megatron argument, and the --dmc-… flags (at the end of this page).
@@ -42,11 +44,7 @@ def main() -> None:
 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        hybrid_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import hybrid_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import parse_and_validate_args
 
     from megatron_dmc.megatron_hooks import keep_compiled_helpers
@@ -60,9 +58,7 @@ def main() -> None:
     hybrid = args.hybrid_layer_pattern is not None
     if hybrid and find_spec("transformer_engine") is None:
         raise DMCError("--hybrid-layer-pattern: Megatron's hybrid models are made of Transformer Engine; install it")
-    model = (hybrid_config_from_args if hybrid else gpt_config_from_args)(args)
-    if not hybrid:
-        model.rope_scaling_factor = args.rope_scaling_factor  # Megatron 0.19.2 forgets it
+    model = (hybrid_config_from_args if hybrid else gpt_config)(args)
     if dmc.dmc_stage is not None:
         if args.spec is not None:
             raise DMCError("--spec and --dmc-stage both name the layers: leave one of them out")
@@ -105,9 +101,7 @@ def _check_checkpoint_exists(args: argparse.Namespace) -> None:
     if args.dmc_stage is None or args.load is None or checkpoint_exists(args.load):
         return
     if args.pretrained_checkpoint is None:
-        raise DMCError(
-            f"no checkpoint in --load {args.load} (it must be a folder with latest_checkpointed_iteration.txt)"
-        )
+        raise DMCError(f"no checkpoint in --load {args.load} (it must be a folder with {TRACKER})")
 
 
 def _datasets(num_samples: list[int], vp_stage: int | None = None):
