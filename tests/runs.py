@@ -84,9 +84,12 @@ def launcher(processes):
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
 
 
-def train(*flags, processes=1) -> Run:
+TRAIN = ("-m", "megatron_dmc", "train")
+
+
+def train(*flags, processes=1, program=TRAIN) -> Run:
     """Train the small model with these flags more; fails the test unless the run succeeds."""
-    run = python(*launcher(processes), "-m", "megatron_dmc", "train", *MODEL, *flags)
+    run = python(*launcher(processes), *program, *MODEL, *flags)
     assert run.code == 0, run.output[-6000:]
     return run
 

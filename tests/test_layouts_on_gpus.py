@@ -39,6 +39,7 @@ RUNS = {  # processes, flags
     "DP without noise": (2, QUIET),  # data-parallel ranks draw different noise
     "DP sharded without noise": (2, [*QUIET, *SHARDED]),
     "one GPU, packed": (1, PACKED),
+    "TP-SP, packed": (2, [*TENSOR, *PACKED]),
     "CP-a2a, packed": (2, [*CONTEXT, "a2a", *PACKED]),
     "CP-all_gather, packed": (2, [*CONTEXT, "all_gather", *PACKED]),
     "one GPU, taught": (1, TAUGHT),
@@ -53,6 +54,7 @@ ALIKE = {  # each with what it should equal, and whether gradients are compared
     "DP without noise": ("one GPU without noise", True),
     "DP sharded without noise": ("one GPU without noise", False),  # every rank has a shard of the sums
     "TP-SP, fp8": ("one GPU, fp8", False),  # scaling factors differ
+    "TP-SP, packed": ("one GPU, packed", True),
     "CP-a2a, packed": ("one GPU, packed", True),
     "CP-all_gather, packed": ("one GPU, packed", True),
     "TP-SP, taught": ("one GPU, taught", True),

@@ -1,9 +1,11 @@
 """Training on packed documents, which Megatron marks in two ways, in one process and in parallel layouts."""
 
+import re
+
 import numpy
 import pytest
 import torch
-from runs import DESCENT, MODEL, STEPS, UNDECIDED, assert_same_training, launcher, python, train, weights
+from runs import DESCENT, MODEL, STEPS, TRAIN, UNDECIDED, assert_same_training, launcher, python, train, weights
 
 from megatron_dmc.config import DMCError
 
@@ -43,7 +45,9 @@ def trained(base, short_documents, tmp_path_factory):
         saved = ["--load", base, "--save", folder, "--save-interval", STEPS]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("runs.MODEL", [flag for flag in MODEL if flag != "--mock-data"])
-            return train(*DESCENT, *RETROFIT, *short_documents, *saved, *flags, processes=processes), weights(folder)
+            program = ["tests/train_with_sequence_parallel.py"] if "--sequence-parallel" in flags else TRAIN
+            run = train(*DESCENT, *RETROFIT, *short_documents, *saved, *flags, processes=processes, program=program)
+            return run, weights(folder)
 
     return run
 
@@ -63,6 +67,15 @@ def test_documents_are_kept_apart(trained, alone):
 LAYOUTS = {
     "borders, gathered context": (2, [*BORDERS, *"--context-parallel-size 2 --cp-comm-type all_gather".split()]),
     "borders, four stages": (4, [*BORDERS, *"--pipeline-model-parallel-size 4 --micro-batch-size 1".split()]),
+    "borders, interleaved stages of two with sequence, recomputed": (
+        4,
+        [
+            *BORDERS,
+            *"--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --micro-batch-size 1".split(),
+            *"--tensor-model-parallel-size 2 --sequence-parallel".split(),
+            *"--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split(),
+        ],
+    ),
     "masks, exchanged context": (2, [*MASKS, *"--context-parallel-size 2 --cp-comm-type a2a".split()]),
     "masks, two stages of two": (
         4, [*MASKS, *"--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2".split()],
@@ -74,6 +87,21 @@ LAYOUTS = {
 def test_layouts_train_alike(trained, alone, layout):
     processes, flags = LAYOUTS[layout]
     assert_same_training(*trained(*flags, processes=processes), alone)
+
+
+def test_experts_and_evaluation(trained, tmp_path):
+    """A mixture of experts on several sequences a micro-batch, evaluated after every step: both ways mean the same."""
+    experts = "--num-experts 4 --moe-router-topk 2 --moe-router-load-balancing-type none".split()
+    train(*experts, "--train-iters", 1, "--save", tmp_path, "--save-interval", 1)
+    evaluated = [*experts, "--load", tmp_path, *"--split 80,20,0 --eval-interval 1 --eval-iters 2".split()]
+    masks = trained(*MASKS, *evaluated)
+    borders = trained(*BORDERS, *evaluated, "--expert-model-parallel-size", 2, processes=2)
+    assert_same_training(*borders, masks)
+    losses, expected = (
+        [float(loss) for loss in re.findall(r"validation loss at iteration \d+ +\| lm loss value: (\S+)", run.output)]
+        for run, _ in (borders, masks)
+    )
+    assert len(losses) >= STEPS and losses == pytest.approx(expected, rel=2e-5)
 
 
 def test_what_would_mix_documents_is_refused():
