@@ -291,6 +291,20 @@ def test_documents(fresh_seed, kernel, window, channels):
 
 
 @gpu
+@pytest.mark.parametrize("channels", [72, 100, 264])
+def test_zero_out_of_other_heads(fresh_seed, channels):
+    """The flash kernel takes the first of them."""
+    rows, documents = inputs(333, 2, 4, 2, channels, torch.bfloat16), some_documents(333, 2)
+    grad, results = torch.randn_like(rows[0]), []
+    for attend, dtype in ((fused.zero_out_attention, torch.bfloat16), (reference.zero_out_attention, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in rows]
+        output = attend(*leaves, None, last_channel=0.4, documents=documents)
+        results.append([output, *torch.autograd.grad(output, leaves, grad.to(dtype))])
+    for got, want in zip(*results, strict=True):
+        assert error(got, want) < 4 * ROUNDING[torch.bfloat16]
+
+
+@gpu
 @pytest.mark.parametrize("longest", [1, 2, 700])
 @pytest.mark.parametrize("channels", fused.HEAD_SIZES)
 def test_documents_of_more_keys_than_queries(fresh_seed, channels, longest):
@@ -303,16 +317,17 @@ def test_documents_of_more_keys_than_queries(fresh_seed, channels, longest):
     rows = [
         torch.randn(tokens, heads, channels, device="cuda").bfloat16() for tokens, heads in ((n, 8), (m, 2), (m, 2))
     ]
+
+    def one_by_one(query, key, value, scale, of_queries, of_keys):
+        (borders, most), (key_borders, most_keys) = of_queries, of_keys
+        return documents_one_by_one(
+            query, key, value, borders, key_borders, most, most_keys, 0.0, True, False, scale=scale
+        )
+
     grad, results = torch.randn(n, 8, channels, device="cuda"), []
-    for attend, dtype in ((fused.attend_documents, torch.bfloat16), (None, torch.float64)):
+    for attend, dtype in ((fused.attend_documents, torch.bfloat16), (one_by_one, torch.float64)):
         leaves = [x.to(dtype).requires_grad_() for x in rows]
-        if attend is not None:
-            output, _ = attend(*leaves, 0.2, of_queries, of_keys)
-        else:
-            (borders, most), (key_borders, most_keys) = of_queries, of_keys
-            output, *_ = documents_one_by_one(
-                *leaves, borders, key_borders, most, most_keys, 0.0, True, False, scale=0.2
-            )
+        output, *_ = attend(*leaves, 0.2, of_queries, of_keys)
         results.append([output, *torch.autograd.grad(output, leaves, grad.to(dtype))])
     for got, want in zip(*results, strict=True):
         assert error(got, want.double()) < 4 * ROUNDING[torch.bfloat16]

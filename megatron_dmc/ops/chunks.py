@@ -125,7 +125,8 @@ def zero_out_attention_of_chunks(
 ) -> Tensor:
     """`reference.zero_out_attention` of this rank's tokens; arguments as above.
 
-    With documents, in memory linear in the length where flash runs.
+    With documents, in memory linear in the length where flash runs. Keys and values of all tokens live until the
+    backward pass.
     """
     chunk = len(query) // 2
     if rotary is not None:
