@@ -93,8 +93,9 @@ class Legacy:
             DMCError: for one that is not of Llama's kind.
         """
         args = argparse.Namespace(**vars(self.args))
-        for name, value in dict(use_rope_scaling=False, rotary_base=10000, rotary_percent=1.0, dmc_stage=None).items():
-            if name in ("rotary_percent", "dmc_stage") or not hasattr(args, name):
+        args.rotary_percent = 1.0
+        for name, value in dict(use_rope_scaling=False, rotary_base=10000).items():
+            if not hasattr(args, name):
                 setattr(args, name, value)
         return Architecture.from_args(args, len(self._tensor("embedding.word_embeddings.weight")), str(self.file))
 

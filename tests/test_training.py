@@ -198,6 +198,13 @@ def test_mistakes_are_named(flags, message):
     assert "Traceback" not in run.output.split("megatron-dmc train:")[-1]
 
 
+def test_documents_of_a_plain_model_under_context_parallelism_are_refused():
+    flags = "--dataloader-inter-document-masking --context-parallel-size 2 --transformer-impl transformer_engine"
+    run = dmc("train", *MODEL, "--train-iters", 1, *flags.split(), WORLD_SIZE="2")
+    assert run.code != 0
+    assert "own attention expects every document shared out by itself" in run.output, run.output[-3000:]
+
+
 def test_a_stage_begins_with_finetune(base):
     run = dmc("train", *MODEL, "--train-iters", 2, "--dmc-stage", "zero-out", "--load", base)
     assert run.code != 0 and "add --finetune to begin the stage from its weights" in run.output

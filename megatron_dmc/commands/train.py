@@ -70,6 +70,12 @@ def main() -> None:
             from megatron_dmc.spec import dmc_layer_spec
 
             model.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
+    elif args.dataloader_inter_document_masking and args.context_parallel_size > 1:
+        raise DMCError(
+            "--dataloader-inter-document-masking with --context-parallel-size above 1 and no --dmc-stage: Megatron's "
+            "own attention expects every document shared out by itself, and here whole sequences are; leave one of the "
+            "two out"
+        )
     _datasets.is_distributed = True
     if (teacher := Teacher.from_args(args)) is not None:
         teacher.check(args)
