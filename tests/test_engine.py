@@ -257,7 +257,7 @@ def test_text_and_stop_words(fresh_seed, restless):
 def test_arrivals_cancellations_and_evictions(fresh_seed, careless):
     """A thousand requests at random; each is answered once, and every page comes back."""
     chance = random.Random(fresh_seed)
-    model = model_of(num_layers=1, hidden_size=16, ffn_hidden_size=16)
+    model = model_of(1.0, num_layers=1, hidden_size=16, ffn_hidden_size=16)
     llm = serve(model, 6, max_requests=8, max_step_tokens=32)
     engine, answered, futures = llm.engine, [], {}
     arrived = 0
@@ -266,7 +266,7 @@ def test_arrivals_cancellations_and_evictions(fresh_seed, careless):
             (prompt,) = prompts_of(chance.choice([1, 2, 7, 20, 45]))
             if chance.random() < 0.05:
                 prompt = chance.choice([[], [VOCABULARY], prompt + prompts_of(60)[0]])
-            futures[arrived] = engine.add_request(arrived, prompt, greedy(chance.randint(1, 9)))
+            futures[arrived] = engine.add_request(arrived, prompt, greedy(chance.randint(1, 14)))
             futures[arrived].add_done_callback(lambda f: answered.append(f.result().request_id))
             arrived += 1
         if chance.random() < 0.3 and engine.requests:
