@@ -305,6 +305,7 @@ def main() -> None:
     from megatron_dmc.cpu import emulate_cuda
 
     beside = torch.cuda.device_count() >= len(compressions)  # each way has a GPU
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     emulate_cuda()
     if args.shape == "tiny":
         shape, slots = Shape(64, 2, 64, 96, 4, 2, 128, 0.001), 12
@@ -324,7 +325,7 @@ def main() -> None:
     with contextlib.ExitStack() as scope:
         running = {}
         for index, (compression, rate) in enumerate(zip(compressions, rates, strict=True)):
-            with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": str(index)} if beside else {}):
+            with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": visible[index]} if beside else {}):
                 pool = scope.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
                 running[compression] = pool.submit(
                     measure, shape, compression, args.spec, slots, load, rate, args.seconds
