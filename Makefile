@@ -8,8 +8,9 @@
 demo: .venv/.built
 	.venv/bin/python examples/demo.py
 
+# Two workers on two cores: more threads in each would wait for one another, and take twice as long.
 test: .venv/.built
-	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 25
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

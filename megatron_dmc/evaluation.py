@@ -239,7 +239,7 @@ def score(
             found[i] = Score(
                 log_prob=-float(F.cross_entropy(own, targets, reduction="sum")),
                 greedy=bool((own.argmax(-1) == targets).all()),
-                ratio=float(end * sum(map(len, kept)) / sum(map(torch.sum, kept))) if kept else 1.0,
+                ratio=end * sum(map(len, kept)) / int(sum(map(torch.sum, kept))) if kept else 1.0,
             )
         bar.update(len(batch))
     bar.close()
