@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import over  # noqa: E402
+from benchmarks.quality import error_of, over  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {"llama2_7b_4096": "Llama-2-7B, 4,096 tokens", "llama3_8b_32768": "Llama-3-8B, 32,768 tokens"}
@@ -38,23 +38,24 @@ def draw_quality(found: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     results = found["results"]
-    control = results["control"]
-
     kinds: dict[str, list[str]] = {}  # methods, and the names of their results
     for name in sorted(results, key=lambda name: results[name]["ratio"]):
         kind, _, ratio = name.rpartition("-")
-        if ratio.endswith("x") and not kind.endswith("-base"):
+        if ratio.endswith("x") and not kind.endswith("-base") and over(found, name, "continuation_loss") is not None:
             kinds.setdefault(kind.removesuffix("-control"), []).append(name)
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for kind, names in kinds.items():
         ours = kind in ("dmc", "distilled")
         style = dict(marker="o", lw=2.2 if ours else 1.2, ls="-" if ours or kind == "gqa" else "--", label=kind)
         ratios = [results[name]["ratio"] for name in names]
-        (line,) = left.plot(ratios, [100 * over(found, name, "continuation_loss") for name in names], **style)
+        costs = [100 * over(found, name, "continuation_loss") for name in names]
+        errors = [100 * error_of(found, name, "continuation_loss") for name in names]
+        line, *_ = left.errorbar(ratios, costs, yerr=errors, **style)
         right.plot(ratios, [100 * results[name]["recall"] for name in names], **style)
         for name in (f"{name}-seed2" for name in names if f"{name}-seed2" in results):
             point = dict(marker="x", color=line.get_color(), ls="none")
-            left.plot(results[name]["ratio"], 100 * over(found, name, "continuation_loss"), **point)
+            if (cost := over(found, name, "continuation_loss")) is not None:
+                left.plot(results[name]["ratio"], 100 * cost, **point)
             right.plot(results[name]["ratio"], 100 * results[name]["recall"], **point)
     left.axhline(0, color="black", lw=0.8)
     left.set(
@@ -63,7 +64,8 @@ def draw_quality(found: dict, path: Path) -> None:
         title="continuations of contexts (crosses: second seed)",
     )
     left.set_yscale("symlog", linthresh=1)
-    right.axhline(100 * control["recall"], color="black", lw=0.8)
+    if "control" in results:
+        right.axhline(100 * results["control"]["recall"], color="black", lw=0.8)
     right.set(xlabel="cache compression", ylabel="answers recalled, %", title="recall (line: the control)")
     for axes in (left, right):
         axes.set_xscale("log", base=2)

@@ -9,12 +9,18 @@ Parts, in this order:
 - `base`: a decoder with 111 M parameters and as many KV heads as query heads, 2,048 tokens of context.
 - `runs`: from that base, each with the same tokens, learning rates and order of data, in three runs one after another
   as DMC has its stages: **dmc** at 2x, 4x and 8x; **distilled**, DMC with the base as its teacher beside the text
-  (`--dmc-teacher`; a third more computation); **control**, the same three runs without DMC; **gqa**, up-trained from KV
-  heads that are means of groups of the base's (Ainslie et al., 2023), as many as give the same cache. Each is exported
-  to Hugging Face and read by transformers (`quality_measure.py`): held-out loss by position, recall, achieved ratio and
-  bytes of the cache. Learning rates are not tuned for any of them.
-- `peers`: methods without training, on the control and on the base, by kvpress, in as many bytes as DMC's caches take.
+  (`--dmc-teacher`; a third more computation), at 4x also with a quarter of the tokens; **control**, the same three
+  runs without DMC; **gqa**, up-trained from KV heads that are means of groups of the base's (Ainslie et al., 2023), as
+  many as give the same cache. Each is exported to Hugging Face and read by transformers (`quality_measure.py`):
+  held-out loss by position, recall, achieved ratio and bytes of the cache. Learning rates are not tuned for any.
+- `peers`: methods without training, on the control and on the base, by kvpress, in as many bytes as DMC's caches take
+  on the same text: of held-out contexts, and of the recall test's.
 - `reports`: what the models at 4x have learned, by `megatron-dmc report`.
+
+`ratio` in the results is the base's cache in bytes over a method's, with all that it keeps: for DMC also what it holds
+of open segments, in float32, which counts in contexts as short as these. `cost_at` is what each trained method costs at
+exactly 2x, 4x and 8x of that, between its own points. Texts like the recall test's are 2% of the training text, of the
+base and all runs alike; DMC learns from them which tokens are asked for, and methods without training cannot.
 
 Training is `megatron-dmc train`, models travel by `megatron-dmc convert`. `--size tiny` tries all of it on a CPU.
 """
@@ -33,6 +39,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,7 +67,7 @@ class Size:
     base: int
     run: int
     windows: int
-    questions: int
+    contexts: int
     characters: int | None
     backend: str
 
@@ -67,12 +75,12 @@ class Size:
 SIZES = {
     "full": Size(
         "--num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16",
-        vocabulary=8192, sequence=2048, batch=32, micro=16, base=2700, run=810, windows=256, questions=100,
+        vocabulary=8192, sequence=2048, batch=32, micro=16, base=2700, run=810, windows=256, contexts=100,
         characters=None, backend="--bf16 --transformer-impl transformer_engine --attention-backend fused",
     ),
     "tiny": Size(
         "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 8",
-        vocabulary=512, sequence=256, batch=8, micro=8, base=60, run=27, windows=8, questions=4,
+        vocabulary=512, sequence=256, batch=8, micro=8, base=60, run=27, windows=8, contexts=4,
         characters=2_000_000, backend="--transformer-impl local --no-persist-layer-norm --no-masked-softmax-fusion "
         "--dmc-init-val 0.1 --dmc-temp 0.5",  # so that a model merges at all that has hardly been trained
     ),
@@ -92,20 +100,23 @@ class Method:
 
     kind: str
     ratio: int
-    seed: int
+    seed: int = 1
+    divisor: int = 1
+    """Of the tokens that a run has."""
 
     @property
     def name(self) -> str:
         ratio = f"-{self.ratio}x" if self.ratio > 1 else ""
-        return f"{self.kind}{ratio}" + (f"-seed{self.seed}" if self.seed > 1 else "")
+        part = f"-1of{self.divisor}" if self.divisor > 1 else ""
+        return f"{self.kind}{ratio}{part}" + (f"-seed{self.seed}" if self.seed > 1 else "")
 
 
 METHODS = (
-    Method("control", 1, 1), *(Method("dmc", ratio, 1) for ratio in (4, 2, 8)),
-    *(Method("distilled", ratio, 1) for ratio in (4, 2, 8)), *(Method("gqa", ratio, 1) for ratio in (4, 2, 8)),
-    Method("control", 1, 2), Method("dmc", 4, 2), Method("distilled", 4, 2),
+    Method("control", 1), Method("dmc", 4), Method("dmc", 2), Method("dmc", 8), Method("distilled", 4),
+    Method("control", 1, seed=2), Method("dmc", 4, seed=2), Method("gqa", 4), Method("gqa", 2), Method("gqa", 8),
+    Method("distilled", 4, divisor=4), Method("distilled", 2), Method("distilled", 8), Method("distilled", 4, seed=2),
 )  # fmt: skip
-"""In the order in which they run."""
+"""In the order in which they begin."""
 
 
 class Stopped(Exception):
@@ -132,7 +143,7 @@ class Work:
 
     def _keep_settings(self) -> None:
         """What a folder was begun with, it goes on with: its results stand for these."""
-        names = ("size", "base_lr", "lr", "teacher_weight")
+        names = ("size", "base_lr", "lr", "teacher_weight", "commit")
         path, given = self.folder / "settings.json", {name: getattr(self.options, name) for name in names}
         if not path.exists():
             path.write_text(json.dumps(given) + "\n")
@@ -181,7 +192,7 @@ class Work:
         if self.reached(run) >= iterations:
             return
         minutes = self.left() - self.options.reserve
-        if minutes < 1:
+        if minutes < 2:  # most of one is start-up
             raise Stopped
         folder = self.folder / run
         load = ["--load", begin, "--finetune"] if begin is not None else []
@@ -229,7 +240,7 @@ def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
     """Name, iterations and flags of the three runs of a method."""
     lr, shares = work.options.lr, sum(STAGES.values())
     for name, share in STAGES.items():
-        iterations = work.size.run * share // shares
+        iterations = max(2, work.size.run * share // shares // method.divisor)
         last = name == "finetune"
         flags = ["--lr", lr, "--min-lr", lr / 20 if last else lr, "--lr-warmup-iters", min(50, iterations // 2)]
         flags += ["--lr-decay-style", "cosine"]
@@ -331,14 +342,16 @@ def measured(work: Work, jobs: list[dict], name: str, gpu: int | None, **environ
 
     if not left():
         return
-    if work.left() < 0.5:
+    if work.left() < 1.5:
         raise Stopped
+    commit = ["--commit", work.options.commit] if work.options.commit else []
     path = work.folder / "jobs" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(left()))
     work.call(
         sys.executable, MEASURE, "--work", work.folder, "--jobs", path, "--windows", work.size.windows,
-        "--questions", work.size.questions, "--minutes", work.left(), log=f"{name}.measure", gpu=gpu, **environment,
+        "--contexts", work.size.contexts, "--minutes", work.left() - 1, *commit, log=f"{name}.measure", gpu=gpu,
+        **environment,
     )  # fmt: skip
     if left():
         raise Stopped
@@ -350,14 +363,15 @@ def peers(work: Work) -> None:
     for ratio in RATIOS:
         path = work.folder / "results" / f"dmc-{ratio}x.json"
         if path.exists():
-            budgets[ratio] = json.loads(path.read_text())["cache_bytes_by_context"]
+            result = json.loads(path.read_text())
+            budgets[ratio] = dict(text=result["cache_bytes_by_context"], recall=result["recall_cache_bytes"])
     jobs = []
-    for model in ("control", "base"):
-        if (work.folder / "models" / model / "config.json").exists():
-            jobs.append(dict(name=f"none-{model}", model=model, press="none", budgets=None))
-            for ratio, budget in budgets.items():
-                for press in PRESSES:
-                    jobs.append(dict(name=f"{press}-{model}-{ratio}x", model=model, press=press, budgets=budget))
+    models = [name for name in ("control", "base") if (work.folder / "models" / name / "config.json").exists()]
+    for model in models:
+        jobs.append(dict(name=f"none-{model}", model=model, press="none", budgets=None))
+        for ratio, budget in budgets.items():
+            for press in PRESSES:
+                jobs.append(dict(name=f"{press}-{model}-{ratio}x", model=model, press=press, budgets=budget))
     extra = {}
     if work.options.peers_path is not None:
         path = [str(work.options.peers_path), work.environment["PYTHONPATH"]]
@@ -365,20 +379,22 @@ def peers(work: Work) -> None:
     shares = [jobs[i :: work.options.gpus] for i in range(work.options.gpus)]
     parallel(work, [lambda gpu, n=n, share=share: measured(work, share, f"peers-{n}", gpu, **extra)
                     for n, share in enumerate(shares) if share])  # fmt: skip
-    if len(budgets) < len(RATIOS):
+    if len(budgets) < len(RATIOS) or len(models) < 2:
         raise Stopped
 
 
 def reports(work: Work) -> None:
-    """Into `reports/`, for each of the models at 4x that there are."""
+    """Into `reports/`, for the models at 4x."""
 
     def one(name: str, gpu: int | None) -> None:
-        folder, done = work.folder / "runs" / name / "finetune", work.folder / "reports" / name
-        if (folder / TRACKER).exists() and not (done / "report.json").exists():
-            if work.left() < 1:
-                raise Stopped
-            work.dmc("report", folder, "--data-path", work.folder / "held-out", "--max-tokens", 25 * work.size.sequence,
-                     "--output", done, log=f"{name}.report", gpu=gpu)  # fmt: skip
+        done = work.folder / "reports" / name
+        if (done / "report.json").exists():
+            return
+        # Exported once it is at its end; a run that was stopped has a checkpoint as well.
+        if not (work.folder / "models" / name / "config.json").exists() or work.left() < 1:
+            raise Stopped
+        work.dmc("report", work.folder / "runs" / name / "finetune", "--data-path", work.folder / "held-out",
+                 "--max-tokens", 25 * work.size.sequence, "--output", done, log=f"{name}.report", gpu=gpu)  # fmt: skip
 
     parallel(work, [lambda gpu, name=name: one(name, gpu) for name in ("dmc-4x", "distilled-4x")])
 
@@ -395,6 +411,9 @@ def collect(work: Work) -> dict:
         vocabulary=size.vocabulary,
         base_tokens=size.base * size.batch * size.sequence,
         run_tokens=sum(n for _, n, _ in stages(work, METHODS[0])) * size.batch * size.sequence,
+        windows=size.windows,
+        recall_contexts=size.contexts,
+        base_lr=work.options.base_lr,
         lr=work.options.lr,
         teacher_weight=work.options.teacher_weight,
         text=json.loads((work.folder / "text.json").read_text()),
@@ -404,6 +423,10 @@ def collect(work: Work) -> dict:
         found["parameters"] = reference["parameters"]
         for result in found["results"].values():
             result["ratio"] = total_bytes(reference) / total_bytes(result)
+        found["cost_at"] = {
+            kind: {ratio: cost for ratio in RATIOS if (cost := cost_at(found, kind, ratio)) is not None}
+            for kind in ("dmc", "distilled", "gqa")
+        }
     if work.failures:
         found["failures"] = work.failures
     return found
@@ -414,16 +437,40 @@ def total_bytes(result: dict) -> float:
     return sum(result["cache_bytes_by_context"].values())
 
 
+def control_of(found: dict, name: str) -> dict | None:
+    seed = "-seed2" if name.endswith("-seed2") else ""
+    return found["results"].get("none-control" if found["results"][name]["press"] else f"control{seed}")
+
+
 def over(found: dict, name: str, loss: str) -> float | None:
     """By how much a method's loss is above that of the control with the same seed, as a share of it.
 
     Methods of kvpress are compared with the control as they are run, in another version of transformers.
     """
-    result, seed = found["results"][name], "-seed2" if name.endswith("-seed2") else ""
-    control = found["results"].get("none-control" if result["press"] else f"control{seed}")
+    result, control = found["results"][name], control_of(found, name)
     if control is None or loss not in result or loss not in control:
         return None
     return result[loss] / control[loss] - 1
+
+
+def error_of(found: dict, name: str, loss: str) -> float | None:
+    """Standard error of `over` in the choice of windows, which both have read."""
+    if over(found, name, loss) is None:
+        return None
+    ours, theirs = (np.array(one[f"{loss}_by_window"]) for one in (found["results"][name], control_of(found, name)))
+    return float((ours / theirs.mean() - ours.mean() / theirs.mean() ** 2 * theirs).std(ddof=1) / len(ours) ** 0.5)
+
+
+def cost_at(found: dict, kind: str, ratio: float) -> float | None:
+    """`over` of continuations at a ratio between two of a kind's points, linear in its logarithm."""
+    points = [(1.0, 0.0)]
+    for name in (f"{kind}-{asked}x" for asked in RATIOS):
+        if name in found["results"] and (cost := over(found, name, "continuation_loss")) is not None:
+            points.append((found["results"][name]["ratio"], cost))
+    ratios, costs = zip(*sorted(points), strict=True)
+    if ratio > ratios[-1] * (1 + 1e-9):
+        return None
+    return float(np.interp(np.log(ratio), np.log(ratios), costs))
 
 
 def table(found: dict) -> str:
@@ -433,14 +480,14 @@ def table(found: dict) -> str:
     rows = []
     for name, result in found["results"].items():
         row = dict(
-            method=name, compression=result["ratio"], recall=f"{100 * result['recall']:.1f}%",
+            method=name, compression=result.get("ratio"), recall=f"{100 * result['recall']:.1f}%",
             MiB=result["cache_bytes"] / 2**20, **{"tokens per entry": result["tokens_per_entry"]},
         )  # fmt: skip
         for loss, title in (("loss", "windows"), ("continuation_loss", "continuations")):
             if loss in result:
                 row[title] = f"{result[loss]:.4f}"
             if (cost := over(found, name, loss)) is not None:
-                row[title] += f" ({100 * cost:+.2f}%)"
+                row[title] += f" ({100 * cost:+.2f} ± {100 * error_of(found, name, loss):.2f}%)"
         rows.append(row)
     return markdown(rows, ["method", "compression", "tokens per entry", "MiB", "windows", "continuations", "recall"])
 
@@ -456,10 +503,17 @@ def main() -> int:
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=7e-4, help="of the runs from the base")
     parser.add_argument("--teacher-weight", type=float, default=0.5, help="of the runs `distilled` (0.5)")
-    parser.add_argument("--peers-path", type=Path, help="folder of packages with kvpress and the transformers it needs")
+    parser.add_argument(
+        "--peers-path",
+        type=Path,
+        help="where `pip install --target PATH kvpress==0.5.5 transformers==5.2.0` put them",
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     parser.add_argument("--commit", help="to note where the checkout has no history")
     options = parser.parse_args()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and len(visible.split(",")) < options.gpus:
+        parser.error(f"--gpus {options.gpus}: CUDA_VISIBLE_DEVICES shows {visible!r}")
     options.work = (options.work or Path(f"runs/quality-{options.size}")).resolve()
     work = Work(options)
     stopped = False
@@ -480,8 +534,8 @@ def main() -> int:
         from benchmarks.common import save
 
         found = collect(work)
-        print(table(found))
         save(found, options.out)
+        print(table(found), found.get("cost_at"), sep="\n")
     return 1 if work.failures else 75 if stopped else 0
 
 

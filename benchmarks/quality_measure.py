@@ -3,7 +3,8 @@
     python benchmarks/quality_measure.py --work runs/quality --jobs jobs.json
 
 Each job is `{"name", "model", "press", "budgets"}`: a folder under `WORK/models`, and for a method of kvpress its name
-("none": nothing is evicted) and how many bytes it may keep of each context. One way of reading serves all methods: a
+("none": nothing is evicted) and how many bytes it may keep: `budgets["text"]` by length of the context, and
+`budgets["recall"]` by number of keys, for the contexts of the recall test. One way of reading serves all methods: a
 context is read at once into an empty cache, which a press then compresses (as kvpress is meant to be used: what the
 context's own tokens attended to was not compressed), and the tokens after it are predicted from that cache. DMC
 compresses those tokens, too; presses keep them all.
@@ -12,9 +13,11 @@ compresses those tokens, too; presses keep them all.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megatron_dmc.config import DMCError
 from megatron_dmc.retrieval import multi_key
 
 CONTEXTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 31 / 32)
 """Lengths of the context, as shares of a window."""
 CONTINUATION = 1 / 32
 """Tokens after a context that are predicted, as a share of a window."""
-KEYS = (4, 16)
+KEYS, ASKED = (4, 16), 4
+"""Of the recall test: keys in a context, and for how many of them it is asked."""
 CHUNK = 64
 """Tokens that enter the cache at once where whole windows are read."""
 
@@ -40,7 +45,7 @@ CHUNK = 64
 class Reader:
     """A model, and a press or none."""
 
-    def __init__(self, folder: Path, press: str | None, budgets: dict[str, float] | None = None):
+    def __init__(self, folder: Path, press: str | None):
         from transformers import AutoModelForCausalLM
 
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,38 +53,43 @@ class Reader:
             folder, trust_remote_code=True, dtype=torch.bfloat16 if self.device == "cuda" else torch.float32,
             attn_implementation="eager" if press else "sdpa",
         ).to(self.device).eval()  # fmt: skip
-        self.press, self.budgets = press, budgets
+        self.press = press
 
     def new_cache(self) -> Any:
         from transformers import DynamicCache
 
         return self.model.new_cache() if hasattr(self.model, "new_cache") else DynamicCache()
 
-    def kept(self, context: int) -> int:
-        """How many tokens of a context a press keeps, of the budget for the nearest length that has one."""
-        nearest = min(self.budgets, key=lambda length: abs(int(length) - context))
+    def kept(self, context: int, budget: float) -> int:
+        """How many tokens of a context a press keeps, of a budget in bytes."""
         config = self.model.config
         entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.model.dtype.itemsize
-        return max(1, min(context, int(self.budgets[nearest] * context / int(nearest) / entry)))
+        return max(1, min(context, int(budget / entry)))
 
-    def compressing(self, context: int) -> Any:
+    def compressing(self, context: int, budget: float | None) -> Any:
         """While this is open, the press evicts from the context that is read."""
         if self.press in (None, "none"):
             return nullcontext()
         import kvpress
 
-        kept = self.kept(context)
+        kept = self.kept(context, budget)
         press = getattr(kvpress, f"{self.press}Press")(compression_ratio=max(0, 1 - (kept + 0.5) / context))
         if hasattr(press, "window_size"):  # its last tokens, which stay: not all that may
             press.window_size = min(press.window_size, max(1, kept // 2))
         return press(self.model)
 
     @torch.no_grad()
-    def read(self, tokens: Tensor, start: int, cache: Any, compress: bool = False) -> Tensor:
+    def read(self, tokens: Tensor, start: int, cache: Any) -> Tensor:
         """Logits `[b, s, vocabulary]` of tokens `[b, s]` at positions from `start` on; they enter the cache."""
         positions = torch.arange(start, start + tokens.shape[1], device=self.device).expand_as(tokens)
-        with self.compressing(tokens.shape[1]) if compress else nullcontext():
-            return self.model(tokens.to(self.device), past_key_values=cache, position_ids=positions).logits
+        return self.model(tokens.to(self.device), past_key_values=cache, position_ids=positions).logits
+
+    def read_context(self, tokens: Tensor, budget: float | None) -> Any:
+        """The cache of contexts `[b, s]`, compressed; a press keeps `budget` bytes of each."""
+        cache = self.new_cache()
+        with self.compressing(tokens.shape[1], budget):
+            self.read(tokens, 0, cache)
+        return cache
 
 
 def size_of(cache: Any) -> tuple[float, int]:
@@ -101,7 +111,7 @@ def losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), targets.to(logits.device), reduction="none").cpu()
 
 
-def continuations(reader: Reader, windows: Tensor, batch: int) -> dict[str, Any]:
+def continuations(reader: Reader, windows: Tensor, batch: int, budgets: dict[str, float] | None) -> dict[str, Any]:
     """Loss of the tokens after contexts, over windows `[n, s + 1]`; entries and bytes of the caches of the contexts."""
     length = windows.shape[1] - 1
     count, found, tokens, kept, size = round(CONTINUATION * length), {}, 0, 0.0, {}
@@ -109,16 +119,18 @@ def continuations(reader: Reader, windows: Tensor, batch: int) -> dict[str, Any]
         context = round(share * length)
         total, held = [], 0
         for rows in windows.split(batch):
-            cache = reader.new_cache()
-            reader.read(rows[:, :context], 0, cache, compress=True)
+            cache = reader.read_context(rows[:, :context], budgets and budgets[str(context)])
             mean, held_now = size_of(cache)
             tokens, kept, held = tokens + context * len(rows), kept + mean * len(rows), held + held_now
             logits = reader.read(rows[:, context : context + count], context, cache)
             total.append(losses(logits, rows[:, context + 1 : context + count + 1]))
-        found[context] = float(torch.cat(total).mean())
+        found[context] = torch.cat(total).mean(1)
         size[context] = held / len(windows)
+    by_window = torch.stack(list(found.values())).mean(0)
     return dict(
-        continuation_loss=float(np.mean(list(found.values()))), continuation_loss_by_context=found,
+        continuation_loss=float(by_window.mean()),
+        continuation_loss_by_context={context: float(losses.mean()) for context, losses in found.items()},
+        continuation_loss_by_window=by_window.tolist(),
         tokens_per_entry=tokens / kept, cache_bytes=size[max(size)], cache_bytes_by_context=size,
     )  # fmt: skip
 
@@ -132,34 +144,48 @@ def whole_windows(reader: Reader, windows: Tensor, batch: int) -> dict[str, Any]
             stop = min(length, start + CHUNK)
             parts.append(losses(reader.read(rows[:, start:stop], start, cache), rows[:, start + 1 : stop + 1]))
         total.append(torch.cat(parts, 1))
-    by_position = torch.cat(total).mean(0)
+    total = torch.cat(total)
+    by_position = total.mean(0)
     parts = {min(length, start + CHUNK): float(by_position[start : start + CHUNK].mean())
              for start in range(0, length, CHUNK)}  # fmt: skip
-    return dict(loss=float(by_position.mean()), loss_by_position=parts)
+    return dict(loss=float(total.mean()), loss_by_position=parts, loss_by_window=total.mean(1).tolist())
 
 
-def recall(reader: Reader, tokenizer: Any, length: int, questions: int) -> dict[str, Any]:
-    """Shares of questions whose answers greedy decoding gives; the context is compressed before the question comes."""
+def recall(
+    reader: Reader, tokenizer: Any, length: int, contexts: int, budgets: dict[str, float] | None
+) -> dict[str, Any]:
+    """Shares of questions whose answers greedy decoding gives; the context is compressed before questions come.
+
+    For each number of keys `contexts` texts are read, and of each `ASKED` keys are asked for, from copies of its cache.
+    """
 
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    found = {}
+    found, answers, size, tokens, kept = {}, {}, {}, 0, 0.0
     for keys in KEYS:
-        right = 0
-        for seed in range(questions):
+        right, held = [], 0
+        for seed in range(contexts):
             try:
-                question = multi_key(tokenize, length, keys, 1_000_000 + seed)
-            except ValueError:  # the text is too short for so many
+                asked = [i * keys // ASKED for i in range(ASKED)]
+                questions = [multi_key(tokenize, length, keys, 1_000_000 + seed, asked=i) for i in asked]
+            except DMCError:  # the text is too short for so many
                 break
-            cache = reader.new_cache()
-            reader.read(torch.tensor([question.context]), 0, cache, compress=True)
-            rest = torch.tensor([question.question + question.answer])
-            logits = reader.read(rest[:, :-1], len(question.context), cache)
-            right += bool((logits[0, -len(question.answer) :].argmax(-1).cpu() == torch.tensor(question.answer)).all())
+            context = questions[0].context
+            cache = reader.read_context(torch.tensor([context]), budgets and budgets[str(keys)])
+            mean, held_now = size_of(cache)
+            tokens, kept, held = tokens + len(context), kept + mean, held + held_now
+            for question in questions:
+                rest = torch.tensor([question.question + question.answer])
+                logits = reader.read(rest[:, :-1], len(context), copy.deepcopy(cache))
+                given = logits[0, -len(question.answer) :].argmax(-1).tolist()
+                right.append(given == question.answer)
         else:
-            found[keys] = right / questions
-    return dict(recall=float(np.mean(list(found.values() or [0.0]))), recall_by_keys=found)
+            found[keys], answers[keys], size[keys] = sum(right) / len(right), right, held / contexts
+    return dict(
+        recall=float(np.mean(list(found.values() or [0.0]))), recall_by_keys=found, recall_answers=answers,
+        recall_cache_bytes=size, recall_tokens_per_entry=tokens / kept if kept else 1.0,
+    )  # fmt: skip
 
 
 def held_out(work: Path, length: int, count: int) -> Tensor:
@@ -176,32 +202,46 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--jobs", type=Path, required=True)
     parser.add_argument("--windows", type=int, required=True)
-    parser.add_argument("--questions", type=int, required=True)
+    parser.add_argument("--contexts", type=int, required=True, help="of the recall test, for each number of keys")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--minutes", type=float, default=25, help="begin no job later than that")
+    parser.add_argument("--commit", help="to note in the results")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.work / "tokenizer")
     (options.work / "results").mkdir(exist_ok=True)
+    failed = False
     for job in json.loads(options.jobs.read_text()):
         if time.monotonic() > end:
             break
-        started = time.monotonic()
-        reader = Reader(options.work / "models" / job["model"], job["press"], job["budgets"])
-        length = reader.model.config.max_position_embeddings
-        windows = held_out(options.work, length, options.windows)
-        result = dict(job, parameters=sum(p.numel() for p in reader.model.parameters()))
-        result |= continuations(reader, windows, options.batch)
-        result |= recall(reader, tokenizer, length, options.questions)
-        if reader.press is None:
-            result |= whole_windows(reader, windows, options.batch)
-        result["seconds"] = time.monotonic() - started
+        try:
+            result = measure(options, job, tokenizer)
+        except Exception:  # the others can still be measured
+            failed = True
+            print(f"{job['name']} failed", file=sys.stderr, flush=True)
+            traceback.print_exc()
+            continue
         path = options.work / "results" / f"{job['name']}.json"
         path.with_suffix(".partial").write_text(json.dumps(result, indent=1) + "\n")
         path.with_suffix(".partial").rename(path)
         print(f"{job['name']}: {result['continuation_loss']:.4f}", flush=True)
+    sys.exit(int(failed))
+
+
+def measure(options: argparse.Namespace, job: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    started = time.monotonic()
+    reader = Reader(options.work / "models" / job["model"], job["press"])
+    budgets = job["budgets"] or {"text": None, "recall": None}
+    length = reader.model.config.max_position_embeddings
+    windows = held_out(options.work, length, options.windows)
+    result = dict(job, commit=options.commit, parameters=sum(p.numel() for p in reader.model.parameters()))
+    result |= continuations(reader, windows, options.batch, budgets["text"])
+    result |= recall(reader, tokenizer, length, options.contexts, budgets["recall"])
+    if reader.press is None:
+        result |= whole_windows(reader, windows, options.batch)
+    return dict(result, seconds=time.monotonic() - started)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_losses_through_caches_are_those_of_whole_windows(folder, monkeypatch):
     windows = torch.randint(0, 50, (5, 65))
     expected = losses(reader, windows)
     tolerance = dict(rel=2e-2 if reader.device == "cuda" else 1e-4)
-    found = quality_measure.continuations(reader, windows, batch=2)
+    found = quality_measure.continuations(reader, windows, 2, None)
     assert found["tokens_per_entry"] == 1 and set(found["continuation_loss_by_context"]) == {8, 16, 32, 48, 62}
     for context, loss in found["continuation_loss_by_context"].items():
         assert loss == pytest.approx(float(expected[:, context : context + 2].mean()), **tolerance), context
@@ -64,7 +65,7 @@ def test_pooled_heads_of_a_kind_change_nothing(folder, tmp_path):
     after = losses(reader, windows)
     torch.testing.assert_close(after, before, rtol=1e-2 if reader.device == "cuda" else 1e-5, atol=1e-5)
     size = 8 * 2 * 2 * 2 * 8 * next(reader.model.parameters()).element_size()  # half of what four heads take
-    assert quality_measure.continuations(reader, windows, 2)["cache_bytes_by_context"][8] == size
+    assert quality_measure.continuations(reader, windows, 2, None)["cache_bytes_by_context"][8] == size
     config = json.loads((folder / "config.json").read_text())
     assert config["num_key_value_heads"] == 4  # a copy was changed
 
@@ -83,15 +84,15 @@ def test_recall_counts_answers_that_are_right_in_all_tokens(fresh_seed):
 
     class Knows:
         def __init__(self, errs):
-            self.errs, self.asked, self.contexts = errs, 0, []
+            self.errs, self.asked, self.contexts, self.budgets = errs, 0, [], []
 
-        def new_cache(self):
-            return None
+        def read_context(self, tokens, budget):
+            self.contexts.append(tokens.shape[1])
+            self.budgets.append(budget)
+            layer = SimpleNamespace(keys=torch.zeros(1, 1, tokens.shape[1] // 2, 4), values=torch.zeros(1, 1, 1, 4))
+            return SimpleNamespace(layers=[layer])
 
-        def read(self, tokens, start, cache, compress=False):
-            if compress:
-                self.contexts.append(tokens.shape[1])
-                return None
+        def read(self, tokens, start, cache):
             assert start == self.contexts[-1]
             self.asked += 1
             question = texts[self.asked - 1]
@@ -106,18 +107,117 @@ def test_recall_counts_answers_that_are_right_in_all_tokens(fresh_seed):
     def tokenize(text):
         return list(text.encode())
 
-    texts = [quality_measure.multi_key(tokenize, 1600, keys, 1_000_000 + i) for keys in (4, 16) for i in range(6)]
-    assert quality_measure.recall(Knows(False), Bytes(), 1600, 6) == dict(recall=1.0, recall_by_keys={4: 1.0, 16: 1.0})
-    found = quality_measure.recall(Knows(True), Bytes(), 1600, 6)
-    assert found["recall"] == pytest.approx(2 / 3) and found["recall_by_keys"] == {4: 4 / 6, 16: 4 / 6}
+    places = {4: (0, 1, 2, 3), 16: (0, 4, 8, 12)}
+    texts = [quality_measure.multi_key(tokenize, 1600, keys, 1_000_000 + i, asked=asked)
+             for keys, which in places.items() for i in range(6) for asked in which]  # fmt: skip
+    assert len({tuple(question.answer) for question in texts}) > 40
+    reader = Knows(False)
+    found = quality_measure.recall(reader, Bytes(), 1600, 6, {"4": 1000.0, "16": 2000.0})
+    assert found["recall"] == 1 and found["recall_by_keys"] == {4: 1.0, 16: 1.0}
+    assert reader.budgets == 6 * [1000.0] + 6 * [2000.0]
+    lengths = reader.contexts[:6]
+    assert found["recall_cache_bytes"][4] == sum(16 * (n // 2) + 16 for n in lengths) / 6
+    assert found["recall_tokens_per_entry"] == pytest.approx(2, abs=0.01)
+    found = quality_measure.recall(Knows(True), Bytes(), 1600, 6, None)
+    assert found["recall"] == pytest.approx(2 / 3) and found["recall_by_keys"] == {4: 16 / 24, 16: 16 / 24}
+    assert found["recall_answers"][4] == 8 * [True, True, False]
 
 
 def test_presses_keep_what_the_budget_allows(folder):
-    """Bytes of a budget for another length count in proportion; never less than an entry, or more than the context."""
+    """Never less than an entry, or more than the context."""
     entry = 2 * 2 * 4 * 8 * (2 if torch.cuda.is_available() else 4)
-    reader = quality_measure.Reader(folder, "SnapKV", {"8": 3 * entry, "32": 8.5 * entry})
-    assert [reader.kept(n) for n in (1, 8, 16, 32, 64)] == [1, 3, 6, 8, 17]
-    assert quality_measure.Reader(folder, "SnapKV", {"8": 80 * entry}).kept(8) == 8
+    reader = quality_measure.Reader(folder, "SnapKV")
+    assert [reader.kept(16, n * entry) for n in (0.5, 3, 8.5, 80)] == [1, 3, 8, 16]
+
+
+def test_a_job_that_fails_leaves_the_others_measured(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measure(options, job, tokenizer):
+        asked.append(job["name"])
+        if job["name"] == "second":
+            raise RuntimeError("it broke")
+        return dict(job, continuation_loss=1.0)
+
+    monkeypatch.setattr(quality_measure, "measure", measure)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: None)
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([dict(name=name) for name in ("first", "second", "third")]))
+    words = f"quality_measure.py --work {tmp_path} --jobs {jobs} --windows 1 --contexts 1".split()
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="1"):
+        quality_measure.main()
+    assert asked == ["first", "second", "third"] and "it broke" in capsys.readouterr().err
+    assert sorted(path.stem for path in (tmp_path / "results").iterdir()) == ["first", "third"]
+
+
+def results_of(names):
+    """Of methods by name: a made-up ratio, and a loss for each of two windows."""
+    found = {}
+    for name, (ratio, first, second) in names.items():
+        by_window = dict(continuation_loss_by_window=[first, second], loss_by_window=[first, second])
+        mean = (first + second) / 2
+        found[name] = dict(ratio=ratio, continuation_loss=mean, loss=mean, recall=0.5, loss_by_position={"8": mean},
+                           press="Knorm" if name.startswith(("Knorm", "none")) else None, **by_window)  # fmt: skip
+    return dict(results=found)
+
+
+def test_costs_are_compared_by_window_and_at_equal_ratios():
+    from benchmarks.quality import cost_at, error_of, over
+
+    found = results_of({"control": (1, 1.0, 3.0), "dmc-2x": (2.5, 1.01, 3.03), "dmc-4x": (3.6, 1.04, 3.12),
+                        "dmc-4x-seed2": (3.6, 1.0, 3.0), "gqa-2x": (2, 1.1, 3.0)})  # fmt: skip
+    assert over(found, "dmc-4x", "loss") == pytest.approx(0.04) and over(found, "dmc-4x-seed2", "loss") is None
+    assert error_of(found, "dmc-4x", "loss") == pytest.approx(0, abs=1e-9)  # in every window alike
+    assert error_of(found, "gqa-2x", "loss") > 0.02 and error_of(found, "dmc-4x-seed2", "loss") is None
+    assert cost_at(found, "dmc", 2.5) == pytest.approx(0.01) and cost_at(found, "dmc", 3.0) == pytest.approx(0.025)
+    assert 0 < cost_at(found, "dmc", 2) < 0.01 and cost_at(found, "dmc", 4) is None
+    assert cost_at(found, "distilled", 2) is None
+
+
+@pytest.mark.parametrize("missing", [(), ("control",), ("control-seed2",), ("none-control",), ("dmc-4x",)])
+def test_a_picture_is_drawn_of_what_there_is(tmp_path, missing):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from benchmarks.plots import draw_quality
+
+    names = dict.fromkeys(("control", "control-seed2", "none-control", "base"), (1, 1.0, 3.0))
+    names |= {"dmc-4x": (3.6, 1.0, 3.1), "dmc-4x-seed2": (3.6, 1.0, 3.1), "Knorm-control-4x": (3.6, 2.0, 3.0),
+              "Knorm-base-4x": (3.6, 2.0, 3.0), "distilled-4x-1of4": (3.6, 1.0, 3.1)}  # fmt: skip
+    draw_quality(results_of({name: x for name, x in names.items() if name not in missing}), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_parts_that_lack_something_are_not_done(tmp_path):
+    """Reports wait for runs at their end, and peers for the models that they run on; runs have iterations to train."""
+    from argparse import Namespace
+
+    from benchmarks import quality
+
+    options = Namespace(work=tmp_path, size="tiny", minutes=5, gpus=1, commit=None, peers_path=None, base_lr=1, lr=1,
+                        teacher_weight=1, reserve=0)  # fmt: skip
+    work = quality.Work(options)
+    called = []
+    work.call = lambda *command, **named: called.append(command)
+    (tmp_path / "results").mkdir()
+    for ratio in quality.RATIOS:
+        sizes = dict(cache_bytes_by_context={"8": 64.0}, recall_cache_bytes={"4": 32.0})
+        (tmp_path / "results" / f"dmc-{ratio}x.json").write_text(json.dumps(sizes))
+    finetune = tmp_path / "runs" / "dmc-4x" / "finetune"
+    finetune.mkdir(parents=True)
+    (finetune / quality.TRACKER).write_text("1")
+    for part in (quality.reports, quality.peers):
+        with pytest.raises(quality.Stopped):
+            part(work)
+    assert not called
+    for name in ("dmc-4x", "distilled-4x"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "config.json").write_text("{}")
+    quality.reports(work)
+    assert [command[3] for command in called] == ["report", "report"]
+    for method in quality.METHODS:
+        assert [n > 1 for _, n, _ in quality.stages(work, method)] == 3 * [True]
 
 
 def test_a_stopped_benchmark_goes_on(tmp_path, monkeypatch, capsys):
@@ -127,7 +227,8 @@ def test_a_stopped_benchmark_goes_on(tmp_path, monkeypatch, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "text.json").write_text("{}")
     one = dict(press=None, cache_bytes_by_context={"8": 64}, cache_bytes=64, recall=0.5, tokens_per_entry=1.0,
-               continuation_loss=2.0, loss=2.0, parameters=7)  # fmt: skip
+               continuation_loss=2.0, loss=2.0, continuation_loss_by_window=[1.0, 3.0], loss_by_window=[1.0, 3.0],
+               parameters=7)  # fmt: skip
     asked = []
 
     def part(name, outcome=None):
@@ -158,7 +259,7 @@ def test_a_stopped_benchmark_goes_on(tmp_path, monkeypatch, capsys):
     part("runs", quality.Stopped())
     code, found = start()
     assert code == 75 and asked == list(quality.PARTS) and found["results"]["base"]["ratio"] == 1
-    assert "2.0200 (+1.00%)" in capsys.readouterr().out
+    assert "2.0200 (+1.00 ± 0.00%)" in capsys.readouterr().out
     part("runs", [fails, lambda gpu: asked.append("the other")])
     asked.clear()
     code, found = start()
