@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,10 +211,47 @@ def test_harness(loaded, fresh_seed):
                 break
             given.append(best)
         assert answer == loaded.tokenizer.detokenize(given).split("\n")[0]
+    greedy = dict(until=["\n"], max_gen_toks=5)
+    for options in (dict(do_sample=False, temperature=0.7, top_p=0.9), dict(top_p=0.9), dict(do_sample=True)):
+        same = [request("generate_until", prompt, greedy | options) for prompt in prompts]
+        assert model.generate_until(same, disable_tqdm=True) == answers
     with pytest.raises(DMCError, match="cannot follow: penalty"):
         model.generate_until([request("generate_until", "x", {"penalty": 2})], disable_tqdm=True)
     with pytest.raises(DMCError, match="leaves no room"):
         model.generate_until([request("generate_until", "x", {"max_gen_toks": 60})], disable_tqdm=True)
+
+
+def task_options(name):
+    """The generation options of one of the harness's own tasks, as its file has them."""
+    import lm_eval
+    import yaml
+
+    (file,) = (Path(lm_eval.__file__).parent / "tasks").glob(f"*/{name}.yaml")
+    return yaml.safe_load(file.read_text())["generation_kwargs"]
+
+
+def test_options_of_gsm8k(loaded, fresh_seed, monkeypatch):
+    """Greedy, though they name a temperature; with `do_sample` the temperature and `top_p` reach the engine."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_dmc import harness
+
+    model = harness.HarnessModel(loaded, max_length=60, max_gen_toks=5, cache_gib=0.05)
+    engine, given = model._engine(), []
+
+    def generate(prompts, params):
+        given.append(params)
+        return answer(prompts, params)
+
+    answer = engine.generate
+    monkeypatch.setattr(engine, "generate", generate)
+    options = task_options("gsm8k")
+    assert options["do_sample"] is False and options["temperature"] == 0.0
+    for changes in ({}, dict(do_sample=True, temperature=0.8, top_p=0.9), dict(do_sample=None, temperature=0.8)):
+        every = {key: value for key, value in (options | changes).items() if value is not None}
+        model.generate_until([Instance("generate_until", {}, ("def f(x):", every), 0)], disable_tqdm=True)
+    assert [(p.top_k, p.temperature, p.top_p) for p in given] == [(1, 1.0, 0.0), (0, 0.8, 0.9), (0, 0.8, 0.0)]
+    assert given[0].stop_words == options["until"]
 
 
 @pytest.mark.parametrize(
