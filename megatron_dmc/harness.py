@@ -130,9 +130,11 @@ class HarnessModel(TemplateLM):
             until = options.pop("until", None) or []
             until = [until] if isinstance(until, str) else list(until)
             length = int(options.pop("max_gen_toks", self.max_gen_toks))
-            temperature = float(options.pop("temperature", 0.0)) if options.pop("do_sample", False) else 0.0
+            temperature, top_p = float(options.pop("temperature", 0.0)), float(options.pop("top_p", 0.0))
+            # As the harness has it: where a task does not say, a temperature decides; greedily it has no meaning.
+            sample = options.pop("do_sample", True) and temperature > 0
             params = SamplingParams(
-                temperature=temperature or 1.0, top_k=0 if temperature else 1, top_p=float(options.pop("top_p", 0.0)),
+                temperature=temperature if sample else 1.0, top_k=0 if sample else 1, top_p=top_p if sample else 0.0,
                 num_tokens_to_generate=length, stop_words=until or None,
             )  # fmt: skip
             if options:

@@ -21,6 +21,9 @@ from megatron_dmc.families import Architecture, Chunk
 
 FILE = "model_optim_rng.pt"
 
+RENAMED = dict(norm_epsilon="layernorm_epsilon", apply_layernorm_1p="layernorm_zero_centered_gamma")
+"""Arguments of these checkpoints that Megatron saves under other names today."""
+
 
 class _Husk:
     """In place of an object of a class that is none of a checkpoint's business."""
@@ -94,6 +97,9 @@ class Legacy:
         """
         args = argparse.Namespace(**vars(self.args))
         args.rotary_percent = 1.0
+        for then, now in RENAMED.items():
+            if hasattr(args, then) and not hasattr(args, now):
+                setattr(args, now, getattr(args, then))
         for name, value in dict(use_rope_scaling=False, rotary_base=10000).items():
             if not hasattr(args, name):
                 setattr(args, name, value)

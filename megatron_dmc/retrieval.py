@@ -37,8 +37,8 @@ class Question:
     Attributes:
         context: tokens of the text before the question.
         question: tokens.
-        answer: tokens.
-        depth: where in the text the statement is, from 0 to 1.
+        answer: tokens; all three together are those of the whole text.
+        depth: where in the context the statement is, from 0 to 1, by characters.
     """
 
     context: list[int]
@@ -79,28 +79,53 @@ def _ask(tokenize: Callable[[str], list[int]], tokens: int, depths: list[float],
     names = rng.sample([f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS], len(depths))
     values = [rng.randrange(1_000_000, 10_000_000) for _ in names]
     asked = rng.randrange(len(names))
-    statements = [tokenize(" " + STATEMENT.format(key=n, value=v)) for n, v in zip(names, values, strict=True)]
-    question = tokenize(" " + QUESTION.format(key=names[asked]))
-    answer = tokenize(f" {values[asked]}")
-    room = tokens - sum(map(len, statements)) - len(question) - len(answer)
+    statements = [STATEMENT.format(key=n, value=v) for n, v in zip(names, values, strict=True)]
+    question, answer = " " + QUESTION.format(key=names[asked]), f" {values[asked]}"
+
+    def text(sentences: list[str]) -> str:
+        """The context: the statements among so many sentences."""
+        parts = list(sentences)
+        places = [round(depth * len(sentences)) for depth in depths]
+        for i in sorted(range(len(places)), key=places.__getitem__, reverse=True):
+            parts.insert(places[i], statements[i])
+        return " ".join(parts)
+
+    def length(sentences: list[str]) -> int:
+        return len(tokenize(text(sentences) + question + answer))
+
+    room = tokens - length([])
     if room < 0:
         raise DMCError(
             f"{tokens} tokens have no room for statements ({len(names)}) and a question; {tokens - room} would do"
         )
-    sentences: list[list[int]] = []
+    # What a sentence adds to a text: by itself it may begin with a token of the text's beginning.
+    costs = {s: max(1, len(tokenize(f"{s} {s}")) - len(tokenize(s))) for s in FILLER}
+    sentences: list[str] = []
     while True:
-        sentence = tokenize(" " + rng.choice(FILLER))
-        if sum(map(len, sentences)) + len(sentence) > room:
+        sentence = rng.choice(FILLER)
+        room -= costs[sentence]
+        if room < 0:
             break
         sentences.append(sentence)
-    text: list[int] = []
-    depth = 0.0
-    places = [round(d * len(sentences)) for d in depths]
-    for i in range(len(sentences) + 1):
-        for j, place in enumerate(places):
-            if place == i:
-                if j == asked:
-                    depth = len(text)
-                text += statements[j]
-        text += sentences[i] if i < len(sentences) else []
-    return Question(text, question, answer, depth / max(1, len(text)))
+    while length(sentences) > tokens:
+        sentences.pop()
+    context = text(sentences)
+    depth = context.index(statements[asked]) / len(context)
+    return _split(tokenize, context, question, answer, depth)
+
+
+def _split(tokenize: Callable[[str], list[int]], context: str, question: str, answer: str, depth: float) -> Question:
+    """The parts' tokens as they are in the whole text, which is what a model reads.
+
+    A tokenizer may begin every text with a token or a space of its own, so that parts by themselves are not what they
+    are in the text. Where a token reaches over the border of two parts it belongs to the later one.
+    """
+    whole = tokenize(context + question + answer)
+    asking = _in_common(whole, tokenize(context + question))
+    before = min(asking, _in_common(whole, tokenize(context)))
+    return Question(whole[:before], whole[before:asking], whole[asking:], depth)
+
+
+def _in_common(one: list[int], other: list[int]) -> int:
+    """Tokens at the beginning that are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

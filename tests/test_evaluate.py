@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,6 +110,66 @@ def test_keys(fresh_seed):
         needle(words, 100, 1.5, 0)
 
 
+def with_beginning(pieces, prefix):
+    """A tokenizer that begins every text with a token of its own, as Llama's do; `prefix` as SentencePiece, a space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    from megatron_dmc.retrieval import ADJECTIVES, FILLER, NOUNS, QUESTION, STATEMENT
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    if pieces == "SentencePiece":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always" if prefix else "never")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always" if prefix else "never")
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    texts = [*FILLER, *ADJECTIVES, *NOUNS, QUESTION, STATEMENT, " ".join("0123456789"), " 0 1 2 3 4 5 6 7 8 9."]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("pieces", "prefix"), [("bytes", False), ("bytes", True), ("SentencePiece", False), ("SentencePiece", True)]
+)
+def test_texts_begin_once(fresh_seed, pieces, prefix):
+    """Tokens are those of the whole text: one beginning, and an answer without a beginning or a space of its own."""
+    tokenizer = with_beginning(pieces, prefix)
+
+    def tokenize(text):
+        return tokenizer.encode(text).ids
+
+    for question in (
+        *(needle(tokenize, 700, depth, fresh_seed) for depth in (0.0, 0.4, 1.0)),
+        multi_key(tokenize, 900, 5, fresh_seed),
+    ):
+        whole = question.text + question.answer
+        text = tokenizer.decode(whole).strip()
+        assert whole == tokenize(text) and whole.count(1) == 1 and whole[0] == 1
+        assert 640 < len(whole) <= 900
+        context, asked, answer = map(tokenizer.decode, (question.context, question.question, question.answer))
+        assert context.strip().endswith(".") and asked.strip().startswith("What is") and asked.endswith(" is")
+        key = asked.rsplit("the ", 1)[1].removesuffix(" is")
+        assert text.count(f"The special number of the {key} is {answer.strip()}.") == 1
+        assert question.answer == whole[len(tokenize(text.removesuffix(answer.strip()).rstrip())) :]
+
+
+def test_a_token_over_a_border(fresh_seed):
+    """Tokens of three characters, wherever words end: one that begins in the question belongs to the answer."""
+    cut = lambda text: [text[i : i + 3] for i in range(0, len(text), 3)]  # noqa: E731
+    merged = 0
+    for seed in range(fresh_seed, fresh_seed + 9):
+        question = needle(cut, 900, 0.5, seed)
+        text, answer = "".join(question.text), "".join(question.answer)
+        assert cut(text + answer) == question.text + question.answer
+        asked, value = (text + answer).rsplit(" is ", 1)
+        assert value.isdigit() and len(value) == 7 and f"{asked.rsplit('. ', 1)[0]}." in text
+        assert text.startswith(asked[:-2]) and f" {value}." in text
+        merged += not answer.startswith(" ")
+    assert merged
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """A folder with a multiple-choice task, one of generation and one of perplexity, over local files."""
@@ -210,10 +271,47 @@ def test_harness(loaded, fresh_seed):
                 break
             given.append(best)
         assert answer == loaded.tokenizer.detokenize(given).split("\n")[0]
+    greedy = dict(until=["\n"], max_gen_toks=5)
+    for options in (dict(do_sample=False, temperature=0.7, top_p=0.9), dict(top_p=0.9), dict(do_sample=True)):
+        same = [request("generate_until", prompt, greedy | options) for prompt in prompts]
+        assert model.generate_until(same, disable_tqdm=True) == answers
     with pytest.raises(DMCError, match="cannot follow: penalty"):
         model.generate_until([request("generate_until", "x", {"penalty": 2})], disable_tqdm=True)
     with pytest.raises(DMCError, match="leaves no room"):
         model.generate_until([request("generate_until", "x", {"max_gen_toks": 60})], disable_tqdm=True)
+
+
+def task_options(name):
+    """The generation options of one of the harness's own tasks, as its file has them."""
+    import lm_eval
+    import yaml
+
+    (file,) = (Path(lm_eval.__file__).parent / "tasks").glob(f"*/{name}.yaml")
+    return yaml.safe_load(file.read_text())["generation_kwargs"]
+
+
+def test_options_of_gsm8k(loaded, fresh_seed, monkeypatch):
+    """Greedy, though they name a temperature; with `do_sample` the temperature and `top_p` reach the engine."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_dmc import harness
+
+    model = harness.HarnessModel(loaded, max_length=60, max_gen_toks=5, cache_gib=0.05)
+    engine, given = model._engine(), []
+
+    def generate(prompts, params):
+        given.append(params)
+        return answer(prompts, params)
+
+    answer = engine.generate
+    monkeypatch.setattr(engine, "generate", generate)
+    options = task_options("gsm8k")
+    assert options["do_sample"] is False and options["temperature"] == 0.0
+    for changes in ({}, dict(do_sample=True, temperature=0.8, top_p=0.9), dict(do_sample=None, temperature=0.8)):
+        every = {key: value for key, value in (options | changes).items() if value is not None}
+        model.generate_until([Instance("generate_until", {}, ("def f(x):", every), 0)], disable_tqdm=True)
+    assert [(p.top_k, p.temperature, p.top_p) for p in given] == [(1, 1.0, 0.0), (0, 0.8, 0.9), (0, 0.8, 0.0)]
+    assert given[0].stop_words == options["until"]
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,10 @@ def original(tmp_path, fresh_seed):
 
 
 def published(folder, weights, rank="mp_rank_00", **changes):
-    """The same model as Megatron saved it at the end of 2024, with Transformer Engine's layers."""
+    """The same model as Megatron saved it at the end of 2024, with Transformer Engine's layers.
+
+    Arguments have the names that they have in NVIDIA's branch `dmc`, and no others.
+    """
     found = {
         "embedding.word_embeddings.weight": weights["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": weights["model.norm.weight"],
@@ -71,8 +74,9 @@ def published(folder, weights, rank="mp_rank_00", **changes):
         }
     args = dict(
         num_layers=3, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, group_query_attention=False,
-        num_query_groups=1, kv_channels=16, max_position_embeddings=1024, norm_epsilon=1e-6, layernorm_epsilon=1e-6,
-        normalization="RMSNorm", swiglu=True, add_bias_linear=False, position_embedding_type="rope", rotary_percent=1.0,
+        num_query_groups=1, kv_channels=16, max_position_embeddings=1024, norm_epsilon=1e-6, apply_layernorm_1p=False,
+        normalization="RMSNorm", swiglu=True, add_bias_linear=False, add_qkv_bias=False, qk_layernorm=False,
+        position_embedding_type="rope", rotary_base=10000, rotary_percent=1.0, use_rope_scaling=False,
         untie_embeddings_and_output_weights=True, padded_vocab_size=261, model_type=ModelType.encoder_or_decoder,
         bf16=True, params_dtype=torch.bfloat16, dmc_cr=4.0, dmc_init_val=5.0, dmc_window_size=12, dmc_temp=0.1,
         dmc_finetune=True, dmc_is_stage_one=False, dmc_paged_block_size=256,
@@ -103,6 +107,7 @@ def test_it_is_the_same_model(original, tmp_path):
     for name in ours.weights():
         assert torch.equal(pairs[0][name], pairs[1][name]) and pairs[1][name].dtype == torch.bfloat16
     loaded = load(tmp_path / "dmc")
+    assert loaded.model.config.layernorm_epsilon == 1e-6
     assert (loaded.dmc.dmc_stage, loaded.dmc.dmc_cr, loaded.dmc.dmc_window_size) == ("finetune", 4.0, 12)
     from megatron_dmc.evaluation import score
 
@@ -127,6 +132,33 @@ def test_nothing_in_a_pickle_runs(original, tmp_path):
         assert not canary.exists()
         torch.load(nvidia.find(folder), weights_only=False)
         assert canary.exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda c: c.pop("args"), "has no args; it has checkpoint_version, iteration, model"),
+        (lambda c: [c.pop("args"), c.pop("model")], "has no args and no model; it has"),
+        (lambda c: c["model"].update(extra=torch.ones(2)), "has tensors that are no part of the model: extra"),
+        (
+            lambda c: c["model"].update({"decoder.layers.1.mlp.linear_fc2.weight": torch.ones(64, 96)}),
+            "decoder.layers.1.mlp.linear_fc2.weight is torch.float32, in other layers it is torch.bfloat16",
+        ),
+        (lambda c: vars(c["args"]).update(apply_layernorm_1p=True), "layernorm_zero_centered_gamma is True"),
+        (lambda c: vars(c["args"]).pop("norm_epsilon"), "holds other arguments than Megatron 0.19 saves"),
+    ],
+)
+def test_content_that_is_refused(original, tmp_path, spoil, message):
+    hf, weights = original
+    published(tmp_path / "published", weights)
+    file = nvidia.find(tmp_path / "published")
+    content = torch.load(file, weights_only=False)
+    spoil(content)
+    torch.save(content, file)
+    with pytest.raises(DMCError) as error:
+        nvidia_to_megatron(tmp_path / "published", tmp_path / "target", hf)
+    assert message in str(error.value)
+    assert not (tmp_path / "target").exists()
 
 
 def test_files_that_do_not_fit(original, tmp_path):
