@@ -63,24 +63,36 @@ def needle(tokenize: Callable[[str], list[int]], tokens: int, depth: float, seed
     return _ask(tokenize, tokens, [depth], random.Random(f"needle {seed}"))
 
 
-def multi_key(tokenize: Callable[[str], list[int]], tokens: int, keys: int, seed: int) -> Question:
+def multi_key(
+    tokenize: Callable[[str], list[int]], tokens: int, keys: int, seed: int, asked: int | None = None
+) -> Question:
     """`keys` statements spread over a text of about `tokens` tokens, at most so many; one of them is asked for.
 
+    Args:
+        asked: the place of that one in the text, from 0 to `keys - 1` (`None`: by the seed). The text before the
+            question does not depend on it.
+
     Raises:
-        DMCError: for a number of keys that there are not, or a length that has no room for them.
+        DMCError: for a number or a place of keys that there are not, or a length that has no room for them.
     """
     most = len(ADJECTIVES) * len(NOUNS)
     if not 1 <= keys <= most:
         raise DMCError(f"keys must be 1 to {most}; got {keys}")
-    return _ask(tokenize, tokens, [(i + 0.5) / keys for i in range(keys)], random.Random(f"keys {seed}"))
+    if asked is not None and not 0 <= asked < keys:
+        raise DMCError(f"asked must be 0 to {keys - 1}, a place among {keys} keys; got {asked}")
+    return _ask(tokenize, tokens, [(i + 0.5) / keys for i in range(keys)], random.Random(f"keys {seed}"), asked)
 
 
-def _ask(tokenize: Callable[[str], list[int]], tokens: int, depths: list[float], rng: random.Random) -> Question:
+def _ask(
+    tokenize: Callable[[str], list[int]], tokens: int, depths: list[float], rng: random.Random, asked: int | None = None
+) -> Question:
     names = rng.sample([f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS], len(depths))
     values = [rng.randrange(1_000_000, 10_000_000) for _ in names]
-    asked = rng.randrange(len(names))
+    by_seed = rng.randrange(len(names))
+    asked = by_seed if asked is None else asked
     statements = [STATEMENT.format(key=n, value=v) for n, v in zip(names, values, strict=True)]
-    question, answer = " " + QUESTION.format(key=names[asked]), f" {values[asked]}"
+    questions = [(" " + QUESTION.format(key=n), f" {v}") for n, v in zip(names, values, strict=True)]
+    longest = max(questions, key=lambda pair: len(tokenize("".join(pair))))
 
     def text(sentences: list[str]) -> str:
         """The context: the statements among so many sentences."""
@@ -91,7 +103,7 @@ def _ask(tokenize: Callable[[str], list[int]], tokens: int, depths: list[float],
         return " ".join(parts)
 
     def length(sentences: list[str]) -> int:
-        return len(tokenize(text(sentences) + question + answer))
+        return len(tokenize(text(sentences) + "".join(longest)))
 
     room = tokens - length([])
     if room < 0:
@@ -111,7 +123,7 @@ def _ask(tokenize: Callable[[str], list[int]], tokens: int, depths: list[float],
         sentences.pop()
     context = text(sentences)
     depth = context.index(statements[asked]) / len(context)
-    return _split(tokenize, context, question, answer, depth)
+    return _split(tokenize, context, *questions[asked], depth)
 
 
 def _split(tokenize: Callable[[str], list[int]], context: str, question: str, answer: str, depth: float) -> Question:

@@ -103,9 +103,16 @@ def test_keys(fresh_seed):
         assert text.count(f"The special number of the {key} is {question.answer[0]}.") == 1
         depths.add(round(question.depth, 1))
     assert len(depths) > 3
-    for arguments, message in (((600, 145), "keys must be 1 to 144"), ((60, 8), "60 tokens have no room for")):
+    questions = [multi_key(words, 600, 8, fresh_seed, asked) for asked in range(8)]
+    assert multi_key(words, 600, 8, fresh_seed) in questions
+    assert all(question.context == questions[0].context for question in questions)
+    assert [question.depth for question in questions] == sorted({question.depth for question in questions})
+    for arguments, message in (
+        ((600, 145, 0), "keys must be 1 to 144"), ((60, 8, 0), "60 tokens have no room for"),
+        ((600, 8, 0, 8), "asked must be 0 to 7"),
+    ):  # fmt: skip
         with pytest.raises(DMCError, match=message):
-            multi_key(words, *arguments, 0)
+            multi_key(words, *arguments)
     with pytest.raises(DMCError, match="depth must be from 0"):
         needle(words, 100, 1.5, 0)
 
