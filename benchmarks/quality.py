@@ -75,7 +75,7 @@ class Size:
 SIZES = {
     "full": Size(
         "--num-layers 8 --hidden-size 1024 --ffn-hidden-size 2816 --num-attention-heads 16",
-        vocabulary=8192, sequence=2048, batch=32, micro=16, base=2700, run=810, windows=256, contexts=100,
+        vocabulary=8192, sequence=2048, batch=32, micro=16, base=2700, run=810, windows=256, contexts=60,
         characters=None, backend="--bf16 --transformer-impl transformer_engine --attention-backend fused",
     ),
     "tiny": Size(
