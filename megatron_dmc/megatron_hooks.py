@@ -25,10 +25,15 @@ from typing import Any
 
 from megatron_dmc import resume
 from megatron_dmc.compression import Compression, StepReport
-from megatron_dmc.config import DMCError
+from megatron_dmc.config import DMCConfig, DMCError
 
 MERGE_RATE = "dmc_merge_rate"
 """Name under which `Compression.merge_rate` is saved among the arguments."""
+
+OVERLAPPED_EXPERTS = (
+    "--overlap-moe-expert-parallel-comm: Megatron then takes the forward pass apart, which neither DMC's layers nor "
+    "megatron-dmc's training step provide for; leave it out"
+)
 
 
 def keep_compiled_helpers() -> None:
@@ -58,7 +63,7 @@ def install(compression: Compression) -> None:
         args = get_args()
     except AssertionError:  # the model is built outside of the loop
         return
-    _check_arguments(args)
+    check_arguments(args, compression.config)
     compression.seed = args.seed
     compression.packed_by_mask = args.reset_attention_mask
     vars(args).update(asdict(compression.config))
@@ -69,7 +74,31 @@ def install(compression: Compression) -> None:
     _wrap(checkpointing, "read_metadata", _read_metadata)
 
 
-def _check_arguments(args: Any) -> None:
+def check_arguments(args: Any, dmc: DMCConfig) -> None:
+    """Refuse what DMC cannot train with, as far as Megatron's arguments tell.
+
+    Raises:
+        DMCError: with everything that stands in the way.
+    """
+    _check_packing(args)
+    window, chunk = dmc.dmc_window_size, args.seq_length // (2 * args.context_parallel_size)
+    gathers = dmc.merges and args.context_parallel_size > 1 and "all_gather" in args.cp_comm_type
+    sharded = "it shares out single weights, and DMC sets rows of them to 0: use --use-distributed-optimizer instead"
+    refusals = [
+        (args.use_megatron_fsdp, f"--use-megatron-fsdp: {sharded}"),
+        (args.use_torch_fsdp2, f"--use-torch-fsdp2: {sharded}"),
+        (args.overlap_moe_expert_parallel_comm, OVERLAPPED_EXPERTS),
+        (
+            gathers and not 1 <= window <= chunk,
+            f"--dmc-window-size {window}: with --cp-comm-type all_gather, a window is at least 1 (0, unlimited, is "
+            f"not possible) and at most the {chunk} tokens of a chunk; choose another one, longer sequences or a2a",
+        ),
+    ]
+    if found := [message for refused, message in refusals if refused]:
+        raise DMCError("DMC cannot train with " + "; ".join(found))
+
+
+def _check_packing(args: Any) -> None:
     """Refuse ways to pack documents that would not keep them apart, or that Megatron loses on the way."""
     instead = "use --dataloader-inter-document-masking instead"
     stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1

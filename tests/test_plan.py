@@ -171,6 +171,12 @@ def test_commands_of_a_plan(tiny):
         ("--gpus 4 --set attention-dropout=0.1", "attention_dropout = 0.1"),
         ("--gpus 4 --set pipeline-model-parallel-size=4 --set tensor-model-parallel-size=1 --set num-layers=6",
          "Megatron refuses the arguments of zero-out: Number of layers should be divisible"),
+        ("--gpus 4 --set dmc-window-size=-1", "dmc_window_size must be a whole number of tokens"),
+        ("--gpus 4 --set sft=true", "--sft needs the data sets"),
+        ("--gpus 4 --set dataloader-inter-document-masking=true --set pipeline-model-parallel-size=2",
+         "use --micro-batch-size 1"),
+        ("--gpus 4 --set=tensor-model-parallel-size=1 --set=context-parallel-size=2 --set=cp-comm-type=all_gather "
+         "--set=dmc-window-size=0", "--dmc-window-size 0: with --cp-comm-type all_gather"),
         ("--gpus 8 --set hidden-size=65536 --set ffn-hidden-size=262144", "GiB per GPU"),
         ("--gpus 8 --set pipeline-model-parallel-size=4 --set num-layers=16 --set global-batch-size=12 "
          "--set num-layers-per-virtual-pipeline-stage=2", "takes multiples of 4 micro-batches; each replica has 6"),
