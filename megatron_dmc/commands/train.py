@@ -237,15 +237,16 @@ def _packed(batch: dict[str, torch.Tensor]) -> Any:
 def _predicts_more(vp_stage: int | None) -> bool:
     """Whether this pipeline stage has layers of multi-token prediction."""
     from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
     from megatron.training import get_args
 
     args = get_args()
-    return args.mtp_num_layers is not None and mtp_on_this_rank(
-        layout=args.pipeline_model_parallel_layout,
-        mtp_num_layers=args.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
-    )
+    if args.mtp_num_layers is None:
+        return False
+    layout = args.pipeline_model_parallel_layout
+    if isinstance(layout, str):  # as it was given: Megatron reads it for the model's own settings alone
+        layout = PipelineParallelLayerLayout(layout, args.pipeline_model_parallel_size)
+    return mtp_on_this_rank(layout=layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
 
 
 def _takes_tokens(vp_stage: int | None) -> bool:
