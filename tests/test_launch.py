@@ -208,6 +208,14 @@ def test_slurm_job_that_fails(slurm, files, code, message, again):
     assert ("scontrol requeue 1234567" in asked) == again
 
 
+def test_slurm_job_whose_srun_fails_at_once(slurm, tmp_path):
+    """Its status counts, however late the script comes to ask: here, where it looks whether the task is there."""
+    (tmp_path / "late").write_text('kill() { sleep 1; builtin kill "$@"; }\n')
+    files = {"step": "retrofit 500\n", "status-retrofit": "9"}
+    code, output, _ = slurm("r.yaml", files=files, BASH_ENV=str(tmp_path / "late"))
+    assert code == 9 and "ended with status 9 at retrofit 500, where it began" in output, output
+
+
 def test_slurm_job_outside_of_slurm(slurm):
     code, output, asked = slurm(files={})
     assert code == 2 and "usage: sbatch" in output and not asked
