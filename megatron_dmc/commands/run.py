@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_dmc.config import DMCError
-from megatron_dmc.recipe import ENDPOINT, Command, add_arguments, resolve
+from megatron_dmc.recipe import Command, add_arguments, resolve
 from megatron_dmc.resume import TRACKER
 
 EXAMPLES = """\
@@ -126,8 +126,6 @@ class Runner:
         if self.stopping:
             return STOPPED
         words = [sys.executable, "-m", "torch.distributed.run", *command.words()[1:]]
-        if ENDPOINT in words:
-            raise DMCError("several nodes need --rdzv-endpoint HOST:PORT")
         # Slurm may signal every process of a job: SIGUSR1 must not end those that do not expect it.
         self.launcher = subprocess.Popen(words, preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN))
         if self.stopping:  # the signal came while it was being started
