@@ -9,7 +9,7 @@ import pytest
 import yaml
 from runs import MODEL, ROOT, UNDECIDED, Run, dmc, environment
 
-from megatron_dmc.commands.run import STOPPED
+from megatron_dmc.commands.run import STOPPED, children
 
 
 def flags(words):
@@ -42,7 +42,7 @@ def recipe(tmp_path):
 
 
 def test_stages_interrupted_and_resumed(recipe, base, tmp_path):
-    """SIGTERM amid the second stage; the same line goes on from there, to the end of the third."""
+    """SIGTERM to all processes amid the second stage; the same line goes on from there, to the end of the third."""
     command = ["run", recipe, "--gpus", 1, "--checkpoint", base]
     with subprocess.Popen(
         [sys.executable, "-m", "megatron_dmc", *map(str, command)], env=environment(), cwd=ROOT, text=True,
@@ -52,7 +52,9 @@ def test_stages_interrupted_and_resumed(recipe, base, tmp_path):
         for line in first.stdout:
             output += line
             if " iteration        2/      60 " in line:
-                first.send_signal(signal.SIGTERM)
+                (torchrun,) = children(first.pid)
+                for process in (torchrun, *children(torchrun), first.pid):
+                    os.kill(process, signal.SIGTERM)
     assert first.returncode == STOPPED, output[-6000:]
     assert "zero-out: begins at iteration 0 of 3" in output and "retrofit: begins at iteration 0 of 60" in output
     assert "retrofit: ended at iteration" in output and "finetune: begins" not in output
