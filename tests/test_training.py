@@ -11,7 +11,7 @@ from conftest import HAVE_GPU
 from runs import DESCENT, MODEL, STAGE, STEPS, UNDECIDED, dmc, python, train, train_until_killed, weights
 
 from megatron_dmc.config import DMCError
-from megatron_dmc.resume import damage
+from megatron_dmc.resume import damage, superseded
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -175,6 +175,26 @@ def test_megatron_without_its_compiled_helpers(monkeypatch):
     monkeypatch.setattr(megatron_hooks.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DMCError, match="has neither compiled dataset helpers nor their Makefile; reinstall it"):
         megatron_hooks.keep_compiled_helpers()
+
+
+def test_the_last_two_whole_checkpoints_are_kept(base, tmp_path):
+    """With those to retain; one that was cut off is none of the two."""
+    flags = ["--dmc-stage", "retrofit", *UNDECIDED, "--save-interval", 1, "--save-retain-interval", 3]
+    flags += ["--load", base, "--finetune", "--save", tmp_path]
+    run = train(*flags, "--train-iters", 6)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [f"iter_{i:07d}" for i in (3, 5, 6)]
+    assert run.output.count("two later checkpoints are whole") == 3
+    for i in (7, 8, 9, 10, 12):
+        shutil.copytree(tmp_path / "iter_0000005", tmp_path / f"iter_{i:07d}")
+    (tmp_path / "iter_0000004").symlink_to(tmp_path / "iter_0000003")
+    for cut_off, tracker, expected in (
+        (None, "10", [8, 7, 5]), (10, "10", [7, 5]), (None, "12", [8, 7, 5]), (12, "12", [7, 5]),
+        (None, "8", [5]), (None, "5", []), (None, "", []), (None, "release", []),
+    ):  # fmt: skip
+        for file in (tmp_path / f"iter_{cut_off or 0:07d}").glob("*.distcp"):
+            os.truncate(file, 10)
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+        assert [int(path.name[5:]) for path in superseded(tmp_path, 3)] == expected, (cut_off, tracker)
 
 
 def test_a_retrofitted_model_is_a_model_of_megatron(base, tmp_path):
