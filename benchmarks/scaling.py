@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/scaling.json")
     parser.add_argument("--shape", choices=[*SHAPES, "tiny"], default="llama3_8b_1x8192")
-    parser.add_argument("--gpus", type=int, action="append", help="(default: 1, 2, 4, … as many as there are)")
+    parser.add_argument("--gpus", type=int, action="append", help="(default: 1, 2, 4, … and as many as there are)")
     parser.add_argument("--layout", action="append", help="only these (default: all)")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--iterations", type=int, default=14)
@@ -125,7 +125,7 @@ def main() -> None:
     if args.shape == "tiny" and not there:
         emulate_cuda()
         there = 2
-    counts = args.gpus or [n for n in (1, 2, 4, 8, 16) if n <= there]
+    counts = args.gpus or sorted({n for n in (1, 2, 4, 8, 16, there) if 0 < n <= there})
     if not counts or max(counts) > there:
         parser.error(f"--gpus asks for {max(counts, default=1)} GPUs; {there} are visible")
     shape = TINY if args.shape == "tiny" else SHAPES[args.shape]

@@ -121,8 +121,6 @@ def train(
         --transformer-impl {"transformer_engine" if has("transformer_engine") else "local --no-persist-layer-norm"}
         """.split()
     command += size.flags
-    if not has("fused_weight_gradient_mlp_cuda"):  # Apex
-        command.append("--no-gradient-accumulation-fusion")
     if start:
         command += ["--load", f"{output}/{start}", "--finetune"]
     if stage:

@@ -441,7 +441,7 @@ def check_model(config: TransformerConfig) -> None:
         (
             config.num_query_groups % config.tensor_model_parallel_size,
             "tensor_model_parallel_size",
-            f"there are {config.num_query_groups} KV heads to share out",
+            f"ranks share out {config.num_query_groups} KV heads: set it to a divisor of {config.num_query_groups}",
         ),
         (
             "a2a" in _kinds(config)
@@ -456,6 +456,12 @@ def check_model(config: TransformerConfig) -> None:
             "cp_comm_type",
             "a merge reaches back over the borders of ranks' chunks: set it to a2a or all_gather (--cp-comm-type)",
         ),
+        (
+            config.gtp_weight_remat_size > 1,
+            "gtp_weight_remat_size",
+            "ranks have parts of weights, whose rows DMC sets to 0: leave --tensor-parallel-num-weight-shards out",
+        ),
+        (config.heterogeneous_block_specs, "heterogeneous_block_specs", "DMC's layers are all alike"),
         (config.fused_single_qkv_rope, "fused_single_qkv_rope", "DMC rotates after the merge"),
         (config.flash_decode, "flash_decode", "it stores rotated keys"),
         (config.qk_clip, "qk_clip", "DMC attention keeps no maximum logit"),

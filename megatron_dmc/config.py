@@ -58,7 +58,8 @@ class DMCConfig:
             raise DMCError(f"dmc_stage must be one of {', '.join(STAGES)}; got {self.dmc_stage!r}")
         number("dmc_cr", "a compression ratio of at least 1", lambda x: 1 <= x < float("inf"))
         number("dmc_init_val", "a finite number", lambda x: abs(x) < float("inf"))
-        number("dmc_window_size", "a whole number of tokens, 0 for no limit", lambda x: x == int(x) and x >= 0)
+        number("dmc_window_size", "a whole number of tokens, 0 for no limit", lambda x: x >= 0 and x % 1 == 0)
+        object.__setattr__(self, "dmc_window_size", int(self.dmc_window_size))  # YAML may have 12.0
         number("dmc_temp", "a positive temperature", lambda x: 0 < x < float("inf"))
         if self.dmc_kernel != "auto" and self.dmc_kernel not in KERNELS:
             raise DMCError(f"dmc_kernel must be auto or one of {', '.join(KERNELS)}; got {self.dmc_kernel!r}")

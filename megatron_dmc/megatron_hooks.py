@@ -7,7 +7,7 @@ The loop has no callback for a step's begin and end, so `install` wraps function
   inside a layer would deadlock a pipeline: its first stage would wait for a stage that waits for its activations.)
 - `evaluate`: the schedule, for a run that only evaluates.
 - `save_checkpoint`, `check_checkpoint_args`: the share of merged tokens, on which the next step's loss depends,
-  travels with the arguments that Megatron saves.
+  travels with the arguments that Megatron saves. What `--save-retain-interval` deletes has two whole ones after it.
 - `read_metadata`: a run goes on from the latest checkpoint that is whole (`megatron_dmc.resume`).
 
 A loop of one's own calls `Compression.begin_step` and `end_step` instead.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -25,10 +26,18 @@ from typing import Any
 
 from megatron_dmc import resume
 from megatron_dmc.compression import Compression, StepReport
-from megatron_dmc.config import DMCError
+from megatron_dmc.config import DMCConfig, DMCError
+
+RETAIN_INTERVAL = "dmc_save_retain_interval"
+"""Where `--save-retain-interval` is kept from Megatron, which would delete the last checkpoint but one unseen."""
 
 MERGE_RATE = "dmc_merge_rate"
 """Name under which `Compression.merge_rate` is saved among the arguments."""
+
+OVERLAPPED_EXPERTS = (
+    "--overlap-moe-expert-parallel-comm: Megatron then takes the forward pass apart, which neither DMC's layers nor "
+    "megatron-dmc's training step provide for; leave it out"
+)
 
 
 def keep_compiled_helpers() -> None:
@@ -58,7 +67,10 @@ def install(compression: Compression) -> None:
         args = get_args()
     except AssertionError:  # the model is built outside of the loop
         return
-    _check_arguments(args)
+    check_arguments(args, compression.config)
+    if args.save_retain_interval is not None:
+        setattr(args, RETAIN_INTERVAL, args.save_retain_interval)
+        args.save_retain_interval = None
     compression.seed = args.seed
     compression.packed_by_mask = args.reset_attention_mask
     vars(args).update(asdict(compression.config))
@@ -69,7 +81,31 @@ def install(compression: Compression) -> None:
     _wrap(checkpointing, "read_metadata", _read_metadata)
 
 
-def _check_arguments(args: Any) -> None:
+def check_arguments(args: Any, dmc: DMCConfig) -> None:
+    """Refuse what DMC cannot train with, as far as Megatron's arguments tell.
+
+    Raises:
+        DMCError: with everything that stands in the way.
+    """
+    _check_packing(args)
+    window, chunk = dmc.dmc_window_size, args.seq_length // (2 * args.context_parallel_size)
+    gathers = dmc.merges and args.context_parallel_size > 1 and "all_gather" in args.cp_comm_type
+    sharded = "it shares out single weights, and DMC sets rows of them to 0: use --use-distributed-optimizer instead"
+    refusals = [
+        (args.use_megatron_fsdp, f"--use-megatron-fsdp: {sharded}"),
+        (args.use_torch_fsdp2, f"--use-torch-fsdp2: {sharded}"),
+        (args.overlap_moe_expert_parallel_comm, OVERLAPPED_EXPERTS),
+        (
+            gathers and not 1 <= window <= chunk,
+            f"--dmc-window-size {window}: with --cp-comm-type all_gather, a window is at least 1 (0, unlimited, is "
+            f"not possible) and at most the {chunk} tokens of a chunk; choose another one, longer sequences or a2a",
+        ),
+    ]
+    if found := [message for refused, message in refusals if refused]:
+        raise DMCError("DMC cannot train with " + "; ".join(found))
+
+
+def _check_packing(args: Any) -> None:
     """Refuse ways to pack documents that would not keep them apart, or that Megatron loses on the way."""
     instead = "use --dataloader-inter-document-masking instead"
     stages, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
@@ -225,11 +261,27 @@ def _evaluate(original, forward_step_func, data_iterator, model, *args, **kwargs
 
 def _save_checkpoint(original, iteration, model, *args, **kwargs):
     compression = _compression_of(model)
-    if compression is not None:
-        from megatron.training.global_vars import get_args
+    if compression is None:
+        return original(iteration, model, *args, **kwargs)
+    from megatron.training.global_vars import get_args
 
-        setattr(get_args(), MERGE_RATE, float(compression.merge_rate))
-    return original(iteration, model, *args, **kwargs)
+    settings = get_args()
+    setattr(settings, MERGE_RATE, float(compression.merge_rate))
+    result = original(iteration, model, *args, **kwargs)
+    interval = getattr(settings, RETAIN_INTERVAL, None)
+    if interval is not None and settings.rank == 0 and settings.save and "://" not in settings.save:
+        _delete_superseded(Path(settings.save), interval)
+    return result
+
+
+def _delete_superseded(save: Path, interval: int) -> None:
+    """An asynchronous save is not named yet: then what counts are those before it."""
+    try:
+        for path in resume.superseded(save, interval):
+            shutil.rmtree(path)
+            print(f"> deleted {path}: two later checkpoints are whole", flush=True)
+    except OSError as error:  # training goes on without room made
+        warnings.warn(f"cannot delete checkpoints in {save}: {error}", stacklevel=2)
 
 
 def _read_metadata(original, tracker: str):

@@ -338,6 +338,16 @@ def _check_division(launch: Launch) -> None:
                 f"one replica of the model takes {model} GPUs ({spelled}), which {launch.gpus} GPUs do not divide "
                 f"into: use a multiple of {model}, or change the layout with --set"
             )
+        pipeline, experts = sizes["pipeline-model"], whole(command.settings, "expert-model-parallel-size", 1)
+        expert_tensor = whole(command.settings, "expert-tensor-parallel-size", sizes["tensor-model"])
+        shared = pipeline * experts * expert_tensor
+        if launch.gpus % shared:
+            raise DMCError(
+                f"one replica of the experts takes {shared} GPUs (pipeline-model-parallel-size {pipeline} × "
+                f"expert-model-parallel-size {experts} × expert-tensor-parallel-size {expert_tensor}, unless given the "
+                f"tensor-model-parallel-size), which {launch.gpus} GPUs do not divide into: use a multiple of "
+                f"{shared}, or change the layout with --set"
+            )
         replicas = launch.gpus // model
         batch, micro = (whole(command.settings, f"{name}-batch-size") for name in ("global", "micro"))
         if batch % (micro * replicas):

@@ -3,7 +3,8 @@
 Megatron names a checkpoint in `latest_checkpointed_iteration.txt` once all its files are written, so a process that is
 killed within a save leaves the one before in place. A machine that loses power, or a file system that is full or
 unreachable, can still leave files cut off behind a name. Those are recognised by what they say of their own lengths.
-(`--save-retain-interval` deletes the checkpoint before as soon as the next is named, unless it is one to retain.)
+Megatron's `--save-retain-interval` deletes the checkpoint before as soon as the next is named; in a stage of DMC, the
+last two that are whole stay (`superseded`).
 """
 
 from __future__ import annotations
@@ -76,6 +77,26 @@ def checkpoint_to_resume(load: Path) -> tuple[int, list[str]]:
             return iteration, problems
         problems.append(f"{saved[iteration]}: {problem}")
     raise DMCError(f"no checkpoint in {load} is whole: {'; '.join(problems)}. Begin anew, or give another --load")
+
+
+def superseded(save: Path, interval: int) -> list[Path]:
+    """Checkpoints that need not be kept: each has two later ones that are whole, and is at no multiple of `interval`.
+
+    Nothing counts that the tracker does not name yet, and links are left alone.
+    """
+    text = tracked(save)
+    if not is_iteration(text):
+        return []
+    found = [(int(path.name[5:]), path) for path in save.glob("iter_*") if is_iteration(path.name[5:])]
+    whole, deleted = 0, []
+    for iteration, path in sorted(found, reverse=True):
+        if iteration > int(text):
+            continue
+        if whole < 2:
+            whole += damage(path) is None
+        elif iteration % interval and not path.is_symlink():
+            deleted.append(path)
+    return deleted
 
 
 def rewrite_tracker(load: Path, iteration: int) -> None:

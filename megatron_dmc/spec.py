@@ -93,7 +93,10 @@ def _base_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | 
     )
     if with_te:
         return get_gpt_layer_with_transformer_engine_spec(
-            use_te_activation_func=config.use_te_activation_func, **common
+            use_te_activation_func=config.use_te_activation_func,
+            use_te_op_fuser=config.use_transformer_engine_op_fuser,
+            use_grouped_gemm_for_dense_mlp=config.use_grouped_gemm_for_dense_mlp,
+            **common,
         )
     return get_gpt_layer_local_spec(normalization=config.normalization, **common)
 

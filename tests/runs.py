@@ -35,7 +35,7 @@ STAGE = [*["--dmc-stage", "finetune", "--dmc-cr", "4", "--dmc-no-noise", "--fine
 TOLERANCE = dict(rtol=2e-4, atol=2e-6)
 
 ITERATION = re.compile(r" iteration +(\d+)/ *\d+ \|(.*)")
-VALUE = re.compile(r"([a-z ]+): ([-+0-9.E]+|nan|inf) \|")
+VALUE = re.compile(r"([a-z_0-9 ]+): ([-+0-9.E]+|nan|inf) \|")
 
 
 @dataclass

@@ -26,14 +26,22 @@ def test_flags_are_nvidias_and_default_to_the_papers():
         (dict(dmc_cr="4"), "dmc_cr"),
         (dict(dmc_window_size=-1), "dmc_window_size"),
         (dict(dmc_window_size=1.5), "dmc_window_size"),
+        (dict(dmc_window_size=float("inf")), "dmc_window_size must be a whole number of tokens, .* got inf"),
+        (dict(dmc_window_size=float("nan")), "dmc_window_size must be a whole number of tokens, .* got nan"),
         (dict(dmc_temp=0), "dmc_temp must be a positive temperature"),
         (dict(dmc_init_val=float("inf")), "dmc_init_val"),
         (dict(dmc_noise="no"), "dmc_noise"),
+        (dict(dmc_kernel="fast"), "dmc_kernel must be auto or one of cudnn, flash, dense, reference; got 'fast'"),
     ],
 )
 def test_values_out_of_range(change, message):
     with pytest.raises(DMCError, match=message):
         DMCConfig(**change)
+
+
+def test_a_window_is_a_whole_number_however_it_is_written():
+    window = DMCConfig(dmc_window_size=12.0).dmc_window_size
+    assert window == 12 and isinstance(window, int)
 
 
 def test_yaml_has_the_flags_names(tmp_path, monkeypatch):

@@ -175,4 +175,11 @@ def _attend(rank, cp, store, seed, kernel="reference", emulated=None):
                 assert all(error(x, tokens(y).double()) < bound for x, y in pairs)
     with pytest.raises(ValueError, match=f"at most the {chunk} tokens of a chunk; got {chunk + 1}"):
         dmc_attention_of_chunks(*(tokens(x) for x in rows), None, group=dist.group.WORLD, window=chunk + 1)
+    documents = some_documents(s // cp, b, rows[0].device)  # of a rank's tokens
+    with pytest.raises(ValueError, match="documents must be of all tokens and sequences"):
+        dmc_attention_of_chunks(*(tokens(x) for x in rows), None, group=dist.group.WORLD, documents=documents, window=2)
+    if kernel != "reference":
+        fused.max_window = lambda *_: 2
+        with pytest.raises(ValueError, match="window must be at most 2 for the fused kernels; got 3"):
+            ours(*(tokens(x) for x in rows), None, window=3)
     dist.destroy_process_group()

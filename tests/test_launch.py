@@ -9,7 +9,7 @@ import pytest
 import yaml
 from runs import MODEL, ROOT, UNDECIDED, Run, dmc, environment
 
-from megatron_dmc.commands.run import STOPPED
+from megatron_dmc.commands.run import STOPPED, children
 
 
 def flags(words):
@@ -42,7 +42,7 @@ def recipe(tmp_path):
 
 
 def test_stages_interrupted_and_resumed(recipe, base, tmp_path):
-    """SIGTERM amid the second stage; the same line goes on from there, to the end of the third."""
+    """SIGTERM to all processes amid the second stage; the same line goes on from there, to the end of the third."""
     command = ["run", recipe, "--gpus", 1, "--checkpoint", base]
     with subprocess.Popen(
         [sys.executable, "-m", "megatron_dmc", *map(str, command)], env=environment(), cwd=ROOT, text=True,
@@ -52,7 +52,9 @@ def test_stages_interrupted_and_resumed(recipe, base, tmp_path):
         for line in first.stdout:
             output += line
             if " iteration        2/      60 " in line:
-                first.send_signal(signal.SIGTERM)
+                (torchrun,) = children(first.pid)
+                for process in (torchrun, *children(torchrun), first.pid):
+                    os.kill(process, signal.SIGTERM)
     assert first.returncode == STOPPED, output[-6000:]
     assert "zero-out: begins at iteration 0 of 3" in output and "retrofit: begins at iteration 0 of 60" in output
     assert "retrofit: ended at iteration" in output and "finetune: begins" not in output
@@ -206,6 +208,14 @@ def test_slurm_job_that_fails(slurm, files, code, message, again):
     status, output, asked = slurm("r.yaml", files={"step": "retrofit 500\n"} | files)
     assert status == code and message in output, output
     assert ("scontrol requeue 1234567" in asked) == again
+
+
+def test_slurm_job_whose_srun_fails_at_once(slurm, tmp_path):
+    """Its status counts, however late the script comes to ask: here, where it looks whether the task is there."""
+    (tmp_path / "late").write_text('kill() { sleep 1; builtin kill "$@"; }\n')
+    files = {"step": "retrofit 500\n", "status-retrofit": "9"}
+    code, output, _ = slurm("r.yaml", files=files, BASH_ENV=str(tmp_path / "late"))
+    assert code == 9 and "ended with status 9 at retrofit 500, where it began" in output, output
 
 
 def test_slurm_job_outside_of_slurm(slurm):

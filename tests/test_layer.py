@@ -361,6 +361,17 @@ REFUSED = {
     "cp_comm_type = 'p2p'": dict(context_parallel_size=2, cp_comm_type="p2p"),
     "cp_comm_type = .'a2a', 'p2p'.": dict(context_parallel_size=2, cp_comm_type=["a2a", "p2p"]),
     "tensor_model_parallel_size": dict(tensor_model_parallel_size=4),
+    "tensor_model_parallel_size = 4 .ranks share out 2 KV heads: set it to a divisor of 2": dict(
+        tensor_model_parallel_size=4
+    ),
+    "gtp_weight_remat_size = 2 .*--tensor-parallel-num-weight-shards": dict(gtp_weight_remat_size=2),
+    "heterogeneous_block_specs": dict(heterogeneous_block_specs=True),
+    "log_max_attention_logit": dict(log_max_attention_logit=True),
+    "fp8_dot_product_attention": dict(fp8_dot_product_attention=True),
+    "cuda_graph_impl = 'local'": dict(cuda_graph_impl="local"),
+    "transformer_impl must be transformer_engine or local; got 'inference_optimized'": dict(
+        transformer_impl="inference_optimized"
+    ),
     "fused_single_qkv_rope": dict(fused_single_qkv_rope=True),
     "flash_decode": dict(flash_decode=True),
     "qk_clip": dict(qk_clip=True),
@@ -377,6 +388,34 @@ def test_refusals_name_the_setting(setting):
         setattr(cfg, name, value)
     with pytest.raises(DMCError, match=setting):
         dmc_layer_spec(cfg, dmc=DMCConfig(dmc_stage="retrofit"))
+
+
+def test_another_attention_is_refused():
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_dmc.spec import with_dmc
+
+    spec = get_gpt_layer_local_spec()
+    spec.submodules.self_attention = torch.nn.Identity
+    with pytest.raises(DMCError, match=r"DMC replaces SelfAttention; this model's layers have .*Identity"):
+        with_dmc(spec, Compression(DMCConfig("retrofit"), 2, 2))
+
+
+def test_megatrons_choices_of_mlp_reach_its_spec(monkeypatch):
+    """What its own builder passes on to the spec of Transformer Engine's layers."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from megatron_dmc import spec
+
+    passed = {}
+    monkeypatch.setattr(
+        spec, "get_gpt_layer_with_transformer_engine_spec", lambda **options: passed.update(options) or local()
+    )
+    local = get_gpt_layer_local_spec
+    cfg = config(transformer_impl="transformer_engine", use_transformer_engine_op_fuser=True)
+    cfg.use_grouped_gemm_for_dense_mlp = True
+    spec.dmc_layer_spec(cfg, dmc=DMCConfig(dmc_stage="retrofit"))
+    assert passed["use_te_op_fuser"] is passed["use_grouped_gemm_for_dense_mlp"] is True
 
 
 def test_multi_latent_attention_is_refused():
@@ -518,11 +557,27 @@ def test_packed_documents_are_for_training(fresh_seed):
         attention(hidden, None, packed_seq_params=params)
 
 
-@pytest.mark.parametrize("argument", ["attention_bias", "key_value_states"])
+@pytest.mark.parametrize(
+    "argument", ["attention_bias", "key_value_states", "rotary_pos_cos", "rotary_pos_sin", "rotary_pos_cos_sin"]
+)
 def test_arguments_without_meaning_are_refused(argument):
     attention = gpt(config()).decoder.layers[0].self_attention
     with pytest.raises(DMCError, match=argument):
         attention(torch.zeros(3, 1, 32, device="cuda"), None, **{argument: torch.zeros(1)})
+
+
+def test_where_there_is_nothing_to_generate_from(fresh_seed):
+    from megatron_dmc import attention
+
+    tokens = torch.zeros(1, 3, dtype=torch.long, device="cuda")
+    model = gpt(config(), DMCConfig(dmc_stage="zero-out")).eval()
+    with pytest.raises(DMCError, match="stage zero-out does not compress: there is no cache to generate from"):
+        generate(model, tokens, [])
+    core = gpt(config()).decoder.layers[0].self_attention.core_attention
+    core._cp = type("Two", (), {"size": lambda _: 2})()
+    call = attention.DMCCall(rotary=None, cache=object())
+    with pytest.raises(DMCError, match="with context parallelism does not generate: load it with context_parallel_si"):
+        core(None, None, None, None, attention_bias=call)
 
 
 def test_dynamic_inference_is_refused():

@@ -50,3 +50,18 @@ def test_distributed_optimizer(base, tmp_path):
     for name in ("lm loss", "compression ratio"):
         # Adam divides by the gradient's size, which turns rounding of tiny gradients into steps.
         assert sharded.values(name) == pytest.approx(single.values(name), rel=1e-3)
+
+
+def test_more_tokens_are_predicted_amid_the_pipeline(tmp_path):
+    """A stage between first and last that holds the layers of multi-token prediction: it reads the data as well."""
+    more = ["--mtp-num-layers", 1]
+    train(*more, "--train-iters", 1, "--save", tmp_path, "--save-interval", 1)
+    flags = [*DESCENT, *STAGE, *more, "--load", tmp_path]
+    expected = train(*flags)
+    layout = ["--pipeline-model-parallel-size", 3, "--pipeline-model-parallel-layout", "Et|tttm|L"]
+    run = train(*flags, *layout, processes=3)
+    for name in ("lm loss", "mtp_1 loss", "compression ratio"):
+        # Of the first step: with DMC and without, Megatron has such a stage learn an output layer of its own.
+        assert len(run.values(name)) == STEPS and run.values(name)[0] == pytest.approx(
+            expected.values(name)[0], rel=2e-5
+        )

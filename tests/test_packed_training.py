@@ -107,20 +107,22 @@ def test_experts_and_evaluation(trained, tmp_path):
 def test_what_would_mix_documents_is_refused():
     from types import SimpleNamespace
 
-    from megatron_dmc.megatron_hooks import _check_arguments
+    from megatron_dmc.config import DMCConfig
+    from megatron_dmc.megatron_hooks import check_arguments
 
     fine = dict(
         reset_attention_mask=False, create_attention_mask_in_dataloader=True, dataloader_inter_document_masking=False,
         sft=False, hybrid_context_parallel=False, pipeline_model_parallel_size=1, context_parallel_size=1,
         virtual_pipeline_model_parallel_size=None, micro_batch_size=2, hybrid_layer_pattern=None, mtp_num_layers=None,
-        position_embedding_type="rope",
+        position_embedding_type="rope", seq_length=64, cp_comm_type=["a2a"], use_megatron_fsdp=False,
+        use_torch_fsdp2=False, overlap_moe_expert_parallel_comm=False,
     )  # fmt: skip
     masks, borders = dict(reset_attention_mask=True), dict(dataloader_inter_document_masking=True)
     context, mamba = dict(context_parallel_size=2), dict(hybrid_layer_pattern="M*-")
     stages = dict(pipeline_model_parallel_size=3, micro_batch_size=1)
     mrope = dict(position_embedding_type="mrope")
     for flags in ({}, mrope, masks, borders | context, borders | mamba, masks | borders | stages):
-        _check_arguments(SimpleNamespace(**fine | flags))
+        check_arguments(SimpleNamespace(**fine | flags), DMCConfig("retrofit"))
     for flags, message in (
         (masks | dict(create_attention_mask_in_dataloader=False), "needs the data loader's masks"),
         (masks | dict(pipeline_model_parallel_size=3), "of 3 pipeline stages, 1 chunks each"),
@@ -137,7 +139,7 @@ def test_what_would_mix_documents_is_refused():
         (dict(hybrid_context_parallel=True), "--hybrid-context-parallel"),
     ):
         with pytest.raises(DMCError, match=message):
-            _check_arguments(SimpleNamespace(**fine | flags))
+            check_arguments(SimpleNamespace(**fine | flags), DMCConfig("retrofit"))
 
 
 def test_refusals_end_a_run():

@@ -159,6 +159,16 @@ def test_commands_of_a_plan(tiny):
         ("--gpus 12", "12 GPUs do not fill nodes of 8: use 8 or 16"),
         ("--gpus 6", "does not divide among 3 data-parallel replicas (6 GPUs, 2 each): use 4 or 8 GPUs"),
         ("--gpus 5", "takes 2 GPUs (tensor-model-parallel-size 2), which 5 GPUs do not divide into"),
+        ("--gpus 12 --gpus-per-node 4 --set=num-experts=8 --set=expert-model-parallel-size=8 "
+         "--set=tensor-model-parallel-size=1 --set=pipeline-model-parallel-size=1 --set=global-batch-size=24",
+         "takes 8 GPUs (pipeline-model-parallel-size 1 × expert-model-parallel-size 8 × expert-tensor-parallel-size 1, "
+         "unless given the tensor-model-parallel-size), which 12 GPUs do not divide into: use a multiple of 8"),
+        ("--gpus 8 --set=pipeline-model-parallel-size=1 --set=num-experts=8 --set=expert-model-parallel-size=8",
+         "one replica of the experts takes 16 GPUs"),
+        ("--gpus 0", "--gpus and --gpus-per-node must be at least 1; got 0 and 8"),
+        ("--gpus 4 --gpus-per-node 0", "--gpus and --gpus-per-node must be at least 1; got 4 and 0"),
+        ("--gpus 4 --set lr=[", "--set lr=[: the value is no YAML ("),
+        ("--gpus 4 --set padded-vocab-size=false --set vocab-size=false", "a plan must know the vocabulary"),
         ("--gpus 4 --compression 3", "retrofit: train-iters is given for the ratios 2, 4; got 3"),
         ("--gpus 4 --compression 0.5", "must be a number of at least 1; got 0.5"),
         ("--gpus 4 --set dmc-cr=2", "sets dmc-cr, which follows from the recipe: change it with --compression"),
@@ -167,10 +177,17 @@ def test_commands_of_a_plan(tiny):
         ("--gpus 4 --set warmup.lr=1", "--set takes FLAG=VALUE or STAGE.FLAG=VALUE"),
         ("--gpus 4 --set micro-batch-size=many", "micro-batch-size must be a whole number of at least 1; got 'many'"),
         ("--gpus 4 --set learning-rate=1", "Megatron has no such arguments: unrecognized arguments: --learning-rate 1"),
-        ("--gpus 4 --set num-query-groups=1", "tensor_model_parallel_size = 2 (there are 1 KV heads to share out)"),
+        ("--gpus 4 --set num-query-groups=1", "tensor_model_parallel_size = 2 (ranks share out 1 KV heads"),
         ("--gpus 4 --set attention-dropout=0.1", "attention_dropout = 0.1"),
         ("--gpus 4 --set pipeline-model-parallel-size=4 --set tensor-model-parallel-size=1 --set num-layers=6",
          "Megatron refuses the arguments of zero-out: Number of layers should be divisible"),
+        ("--gpus 4 --set dmc-window-size=-1", "dmc_window_size must be a whole number of tokens"),
+        ("--gpus 4 --set tensor-parallel-num-weight-shards=4", "gtp_weight_remat_size = 2 (ranks have parts"),
+        ("--gpus 4 --set sft=true", "--sft needs the data sets"),
+        ("--gpus 4 --set dataloader-inter-document-masking=true --set pipeline-model-parallel-size=2",
+         "use --micro-batch-size 1"),
+        ("--gpus 4 --set=tensor-model-parallel-size=1 --set=context-parallel-size=2 --set=cp-comm-type=all_gather "
+         "--set=dmc-window-size=0", "--dmc-window-size 0: with --cp-comm-type all_gather"),
         ("--gpus 8 --set hidden-size=65536 --set ffn-hidden-size=262144", "GiB per GPU"),
         ("--gpus 8 --set pipeline-model-parallel-size=4 --set num-layers=16 --set global-batch-size=12 "
          "--set num-layers-per-virtual-pipeline-stage=2", "takes multiples of 4 micro-batches; each replica has 6"),
@@ -180,6 +197,14 @@ def test_refusals(tiny, flags, message):
     with pytest.raises(DMCError) as refused:
         make_plan(options(tiny(), *flags.split()))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["gpu_tflops", "mfu", "gpu_memory_gib"])
+def test_assumptions_are_above_0(tiny, name):
+    asked = options(tiny(), "--gpus", 4)
+    setattr(asked, name, 0.0)
+    with pytest.raises(DMCError, match=f"--{name.replace('_', '-')} must be above 0; got 0.0"):
+        make_plan(asked)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +218,8 @@ def test_refusals(tiny, flags, message):
         (dict(data={"load": "x"}), "sets load, which follows from the recipe: change it with --checkpoint"),
         (dict(data={"bf16": True}), "bf16 stands in more than one of model, data and training"),
         (dict(model=[1]), "model must hold `key: value` lines; got [1]"),
+        (dict(layouts={8: [1]}), "layouts: 8 must hold `flag: value` lines; got [1]"),
+        (dict(stages=TINY["stages"] | {"finetune": 5}), "stages: finetune must hold `flag: value` lines; got 5"),
     ],
 )
 def test_mistakes_in_a_recipe(tiny, parts, message):

@@ -3,13 +3,15 @@
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import HAVE_GPU
 from runs import DESCENT, MODEL, STAGE, STEPS, UNDECIDED, dmc, python, train, train_until_killed, weights
 
-from megatron_dmc.resume import damage
+from megatron_dmc.config import DMCError
+from megatron_dmc.resume import damage, superseded
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -152,6 +154,57 @@ def test_resuming_takes_up_the_merge_rate(base, tmp_path):
     args = dist_checkpointing.load_common_state_dict(str(find_checkpoint(tmp_path)))["args"]
     assert args.dmc_merge_rate == pytest.approx(1 - 1 / run.steps[STEPS]["compression ratio"], rel=1e-5)
     assert (args.dmc_stage, args.dmc_cr) == ("finetune", 4.0)
+
+
+def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
+    from megatron.training import global_vars
+
+    from megatron_dmc.megatron_hooks import _check_checkpoint_args
+
+    args = dict(dmc_stage="retrofit", dmc_init_val=5.0, dmc_window_size=12)
+    for name, value in (("dmc_init_val", 3.0), ("dmc_window_size", 8)):
+        monkeypatch.setattr(global_vars, "get_args", lambda: SimpleNamespace(**args))
+        saved = SimpleNamespace(**args | {name: value})
+        with pytest.raises(DMCError, match=f"the checkpoint was trained with {name} {value}; got {args[name]}"):
+            _check_checkpoint_args(lambda *_: None, saved)
+
+
+def test_megatron_without_its_compiled_helpers(monkeypatch):
+    from megatron_dmc import megatron_hooks
+
+    monkeypatch.setattr(megatron_hooks.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(DMCError, match="has neither compiled dataset helpers nor their Makefile; reinstall it"):
+        megatron_hooks.keep_compiled_helpers()
+
+
+def test_the_last_two_whole_checkpoints_are_kept(base, tmp_path):
+    """With those to retain; one that was cut off is none of the two."""
+    flags = ["--dmc-stage", "retrofit", *UNDECIDED, "--save-interval", 1, "--save-retain-interval", 3]
+    flags += ["--load", base, "--finetune", "--save", tmp_path]
+    run = train(*flags, "--train-iters", 6)
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [f"iter_{i:07d}" for i in (3, 5, 6)]
+    assert run.output.count("two later checkpoints are whole") == 3
+    for i in (7, 8, 9, 10, 12):
+        shutil.copytree(tmp_path / "iter_0000005", tmp_path / f"iter_{i:07d}")
+    (tmp_path / "iter_0000004").symlink_to(tmp_path / "iter_0000003")
+    for cut_off, tracker, expected in (
+        (None, "10", [8, 7, 5]), (10, "10", [7, 5]), (None, "12", [8, 7, 5]), (12, "12", [7, 5]),
+        (None, "8", [5]), (None, "5", []), (None, "", []), (None, "release", []),
+    ):  # fmt: skip
+        for file in (tmp_path / f"iter_{cut_off or 0:07d}").glob("*.distcp"):
+            os.truncate(file, 10)
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+        assert [int(path.name[5:]) for path in superseded(tmp_path, 3)] == expected, (cut_off, tracker)
+
+
+def test_a_retrofitted_model_is_a_model_of_megatron(base, tmp_path):
+    """DMC's checkpoint opens in a run without DMC, every weight, and trains on there."""
+    train(*DESCENT, *STAGE, "--load", base, "--save", tmp_path / "dmc", "--save-interval", STEPS)
+    vanilla = ["--load", tmp_path / "dmc", "--finetune", "--save", tmp_path / "vanilla", "--save-interval", 1]
+    run = train("--train-iters", 1, "--lr", "0", "--optimizer", "sgd", *vanilla)
+    assert math.isfinite(run.steps[1]["lm loss"]) and "compression ratio" not in run.steps[1]
+    expected, found = weights(tmp_path / "dmc"), weights(tmp_path / "vanilla")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_stock_script(base, tmp_path):

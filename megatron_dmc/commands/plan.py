@@ -229,10 +229,11 @@ def megatron_arguments(command: Command, gpus: int) -> argparse.Namespace:
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 
     from megatron_dmc.attention import check_model
-    from megatron_dmc.distillation import Teacher
+    from megatron_dmc.commands.train import check_arguments
 
     what = f"the arguments of {command.stage}"
     args = parse(command.training(), gpus, what)
+    check_arguments(args)
     with as_on_hopper(what):
         if args.padded_vocab_size is None:
             if args.vocab_size is None:
@@ -246,7 +247,6 @@ def megatron_arguments(command: Command, gpus: int) -> argparse.Namespace:
         unfused.apply_rope_fusion = False  # it asks for Transformer Engine, which need not be here
         config = gpt_config(unfused)
     check_model(config.transformer)
-    Teacher.from_args(args)
     stages = args.pipeline_model_parallel_size
     if args.virtual_pipeline_model_parallel_size is not None and _micro_batches(args) % stages:
         raise DMCError(

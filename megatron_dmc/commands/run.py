@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_dmc.config import DMCError
-from megatron_dmc.recipe import ENDPOINT, Command, add_arguments, resolve
+from megatron_dmc.recipe import Command, add_arguments, resolve
 from megatron_dmc.resume import TRACKER
 
 EXAMPLES = """\
@@ -28,6 +28,13 @@ exit status: 0 when the stages are finished, 75 when training ended before (a si
 --exit-interval): the same line goes on from there. Otherwise that of the command that failed."""
 
 STOPPED = os.EX_TEMPFAIL  # 75: not finished, nothing wrong
+
+TORCHRUN = (
+    "import signal; signal.signal(signal.SIGTERM, lambda *_: None); from torch.distributed.run import main; main()"
+)
+"""torchrun, deaf to SIGTERM. (A handler, since ranks would inherit that it is ignored.)"""
+ENDS_TORCHRUN = signal.SIGUSR2
+"""In SIGTERM's place: nobody else sends it, and `nohup` does not shield from it."""
 
 
 def main() -> None:
@@ -112,7 +119,8 @@ class Runner:
     """Runs commands under torchrun, and hands SIGTERM and SIGUSR1 on to the ranks.
 
     torchrun itself would answer SIGTERM by killing its ranks after 30 seconds, which is not enough to save a large
-    model. It is left alone, as long as all ranks know what to do; it ends with them.
+    model. So it does not hear of it, also where every process gets the signal, as from Slurm; it ends with its ranks.
+    It is ended where a rank does not know what to do.
     """
 
     def __init__(self) -> None:
@@ -125,9 +133,8 @@ class Runner:
         """Run one command; returns its exit status, or `STOPPED` where a signal had come before."""
         if self.stopping:
             return STOPPED
-        words = [sys.executable, "-m", "torch.distributed.run", *command.words()[1:]]
-        if ENDPOINT in words:
-            raise DMCError("several nodes need --rdzv-endpoint HOST:PORT")
+        heard = f"--signals-to-handle=SIGINT,SIGHUP,SIGQUIT,{ENDS_TORCHRUN.name}"
+        words = [sys.executable, "-c", TORCHRUN, heard, *command.words()[1:]]
         # Slurm may signal every process of a job: SIGUSR1 must not end those that do not expect it.
         self.launcher = subprocess.Popen(words, preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN))
         if self.stopping:  # the signal came while it was being started
@@ -147,10 +154,10 @@ class Runner:
         if self.launcher is None:
             return
         ranks = children(self.launcher.pid)
-        targets = ranks if ranks and all(catches(rank, signal.SIGTERM) for rank in ranks) else [self.launcher.pid]
-        for process in targets:
+        saves = ranks and all(catches(rank, signal.SIGTERM) for rank in ranks)
+        for process in ranks if saves else [self.launcher.pid]:
             try:
-                os.kill(process, signal.SIGTERM)
+                os.kill(process, signal.SIGTERM if saves else ENDS_TORCHRUN)
             except ProcessLookupError:  # it has ended
                 continue
 

@@ -51,17 +51,14 @@ def main() -> None:
 
     keep_compiled_helpers()
     args = parse_and_validate_args(extra_args_provider=_arguments)
-    dmc = DMCConfig.from_args(args)
-    if args.sft:
-        raise DMCError("--sft needs the data sets of Megatron's own pretrain_gpt.py: run that with --spec")
+    dmc, teacher = check_arguments(args)
+    _without_apex(args)
     _check_checkpoint_exists(args)
     hybrid = args.hybrid_layer_pattern is not None
     if hybrid and find_spec("transformer_engine") is None:
         raise DMCError("--hybrid-layer-pattern: Megatron's hybrid models are made of Transformer Engine; install it")
     model = (hybrid_config_from_args if hybrid else gpt_config)(args)
     if dmc.dmc_stage is not None:
-        if args.spec is not None:
-            raise DMCError("--spec and --dmc-stage both name the layers: leave one of them out")
         if hybrid:
             from megatron_dmc.hybrid import dmc_stack
 
@@ -70,14 +67,8 @@ def main() -> None:
             from megatron_dmc.spec import dmc_layer_spec
 
             model.transformer_layer_spec = partial(dmc_layer_spec, dmc=dmc)
-    elif args.dataloader_inter_document_masking and args.context_parallel_size > 1:
-        raise DMCError(
-            "--dataloader-inter-document-masking with --context-parallel-size above 1 and no --dmc-stage: Megatron's "
-            "own attention expects every document shared out by itself, and here whole sequences are; leave one of the "
-            "two out"
-        )
     _datasets.is_distributed = True
-    if (teacher := Teacher.from_args(args)) is not None:
+    if teacher is not None:
         teacher.check(args)
     forward_step = partial(_forward_step, teacher)
     try:
@@ -85,6 +76,42 @@ def main() -> None:
     finally:
         if torch.distributed.is_initialized() and sys.exc_info()[0] is None:
             torch.distributed.destroy_process_group()
+
+
+def check_arguments(args: argparse.Namespace) -> tuple[DMCConfig, Teacher | None]:
+    """The settings and the teacher that a run's arguments ask for; a plan checks its commands by this as well.
+
+    Raises:
+        DMCError: for arguments that do not go together.
+    """
+    from megatron_dmc import megatron_hooks
+
+    dmc = DMCConfig.from_args(args)
+    if args.sft:
+        raise DMCError("--sft needs the data sets of Megatron's own pretrain_gpt.py: run that with --spec")
+    if args.overlap_moe_expert_parallel_comm:
+        raise DMCError(megatron_hooks.OVERLAPPED_EXPERTS)
+    if dmc.dmc_stage is not None:
+        if args.spec is not None:
+            raise DMCError("--spec and --dmc-stage both name the layers: leave one of them out")
+        megatron_hooks.check_arguments(args, dmc)
+    elif args.dataloader_inter_document_masking and args.context_parallel_size > 1:
+        raise DMCError(
+            "--dataloader-inter-document-masking with --context-parallel-size above 1 and no --dmc-stage: Megatron's "
+            "own attention expects every document shared out by itself, and here whole sequences are; leave one of the "
+            "two out"
+        )
+    return dmc, Teacher.from_args(args)
+
+
+def _without_apex(args: argparse.Namespace) -> None:
+    """Switch off, where Apex is missing, what Megatron has on by default and cannot build a model with."""
+    from megatron.core.tensor_parallel import layers
+
+    if args.gradient_accumulation_fusion and not layers._grad_accum_fusion_available:
+        args.gradient_accumulation_fusion = False
+        if args.rank == 0:
+            print("megatron-dmc: gradient accumulation is not fused, for want of Apex (fused_weight_gradient_mlp_cuda)")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -117,7 +144,7 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None):
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import get_args
-    from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+    from megatron.training.utils import get_blend_and_blend_per_split
 
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -144,7 +171,7 @@ def _datasets(num_samples: list[int], vp_stage: int | None = None):
 
     def needed_here() -> bool:
         first = parallel_state.get_tensor_model_parallel_rank() == 0
-        return first and (args.dataloader_inter_document_masking or is_first_or_last_pipeline_stage(vp_stage))
+        return first and (args.dataloader_inter_document_masking or _takes_tokens(vp_stage))
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(dataset, num_samples, needed_here, config).build()
@@ -207,27 +234,41 @@ def _packed(batch: dict[str, torch.Tensor]) -> Any:
     )
 
 
+def _predicts_more(vp_stage: int | None) -> bool:
+    """Whether this pipeline stage has layers of multi-token prediction."""
+    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+    from megatron.training import get_args
+
+    args = get_args()
+    if args.mtp_num_layers is None:
+        return False
+    layout = args.pipeline_model_parallel_layout
+    if isinstance(layout, str):  # as it was given: Megatron reads it for the model's own settings alone
+        layout = PipelineParallelLayerLayout(layout, args.pipeline_model_parallel_size)
+    return mtp_on_this_rank(layout=layout, mtp_num_layers=args.mtp_num_layers, ignore_virtual=False, vp_stage=vp_stage)
+
+
+def _takes_tokens(vp_stage: int | None) -> bool:
+    """Whether this pipeline stage reads the data: the first, the last, and those of multi-token prediction."""
+    from megatron.training.utils import is_first_or_last_pipeline_stage
+
+    return is_first_or_last_pipeline_stage(vp_stage) or _predicts_more(vp_stage)
+
+
 def _batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor]:
     """The next micro-batch, on every tensor-parallel rank of the stages that need it."""
     from megatron.core import parallel_state
-    from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
     from megatron.core.utils import (
         flatten_batch_for_packed_sequences,
         get_batch_on_this_cp_rank,
         get_batch_on_this_tp_rank,
     )
     from megatron.training import get_args
-    from megatron.training.utils import is_first_or_last_pipeline_stage
 
     args = get_args()
-    predicts_more = args.mtp_num_layers is not None and mtp_on_this_rank(
-        layout=args.pipeline_model_parallel_layout,
-        mtp_num_layers=args.mtp_num_layers,
-        ignore_virtual=False,
-        vp_stage=vp_stage,
-    )
     packed = args.dataloader_inter_document_masking
-    has_tokens = is_first_or_last_pipeline_stage(vp_stage) or predicts_more
+    has_tokens = _takes_tokens(vp_stage)
     if not has_tokens and not packed:
         return {}
     batch = {}
@@ -245,7 +286,7 @@ def _batch(data_iterator, vp_stage: int | None) -> dict[str, torch.Tensor]:
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=predicts_more,
+        mtp_on_this_rank=_predicts_more(vp_stage),
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(),
