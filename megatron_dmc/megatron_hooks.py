@@ -277,7 +277,8 @@ def _save_checkpoint(original, iteration, model, *args, **kwargs):
 def _delete_superseded(save: Path, interval: int) -> None:
     """An asynchronous save is not named yet: then what counts are those before it."""
     try:
-        for path in resume.superseded(save, interval):
+        path = resume.superseded(save, interval)
+        if path is not None:
             shutil.rmtree(path)
             print(f"> deleted {path}: two later checkpoints are whole", flush=True)
     except OSError as error:  # training goes on without room made

@@ -79,24 +79,24 @@ def checkpoint_to_resume(load: Path) -> tuple[int, list[str]]:
     raise DMCError(f"no checkpoint in {load} is whole: {'; '.join(problems)}. Begin anew, or give another --load")
 
 
-def superseded(save: Path, interval: int) -> list[Path]:
-    """Checkpoints that need not be kept: each has two later ones that are whole, and is at no multiple of `interval`.
+def superseded(save: Path, interval: int) -> Path | None:
+    """The checkpoint before the last two that are whole, unless it is at a multiple of `interval`, or a link.
 
-    Nothing counts that the tracker does not name yet, and links are left alone.
+    Nothing counts that the tracker does not name yet. Those before it are not looked at: as with Megatron, a run deletes
+    one when it has saved one, and leaves what lay in the folder.
     """
     text = tracked(save)
     if not is_iteration(text):
-        return []
+        return None
     found = [(int(path.name[5:]), path) for path in save.glob("iter_*") if is_iteration(path.name[5:])]
-    whole, deleted = 0, []
+    whole = 0
     for iteration, path in sorted(found, reverse=True):
         if iteration > int(text):
             continue
-        if whole < 2:
-            whole += damage(path) is None
-        elif iteration % interval and not path.is_symlink():
-            deleted.append(path)
-    return deleted
+        if whole == 2:
+            return path if iteration % interval and not path.is_symlink() else None
+        whole += damage(path) is None
+    return None
 
 
 def rewrite_tracker(load: Path, iteration: int) -> None:
