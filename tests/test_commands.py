@@ -170,6 +170,22 @@ def said_in_one_process(commands, **variables):
     return [line.removeprefix("said: ") for line in run.output.splitlines() if line.startswith("said: ")]
 
 
+def test_the_demos_evaluation(checkpoints, corpus, tmp_path):
+    """Its last step but one, on models that are there already."""
+    for name, origin in (("base", "base"), ("control", "base"), ("finetune", "dmc")):
+        (tmp_path / name).symlink_to(checkpoints / origin)
+    code = (
+        "import sys; from dataclasses import replace; from pathlib import Path; sys.path.insert(0, 'examples'); "
+        "import demo; size = replace(demo.CPU, seq_length=24, held_out_tokens=600); "
+        "demo.evaluate(size, Path(sys.argv[1]), sys.argv[2])"
+    )
+    run = python("-c", code, tmp_path, corpus)
+    assert run.code == 0 and "control: trained on without compression" in run.output, run.output[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["base_loss"] == report["control_loss"] and report["dmc_loss"] == report["loss_compressed"]
+    assert report["tokens"] == 600 and (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+
+
 ONE_AFTER_THE_OTHER = """
 import json, sys
 from megatron_dmc.cli import main
