@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -407,6 +408,40 @@ def test_options_of_gsm8k(loaded, fresh_seed, monkeypatch):
         model.generate_until([Instance("generate_until", {}, ("def f(x):", every), 0)], disable_tqdm=True)
     assert [(p.top_k, p.temperature, p.top_p) for p in given] == [(1, 1.0, 0.0), (0, 0.8, 0.9), (0, 0.8, 0.0)]
     assert given[0].stop_words == options["until"]
+
+
+def test_what_the_harness_may_not_ask(loaded):
+    from lm_eval.api.instance import Instance
+
+    from megatron_dmc import harness
+
+    model = harness.HarnessModel(loaded, max_length=10, max_gen_toks=2, compress=False)
+    long = Instance("loglikelihood", {}, ("x", " = 1" * 9), 0)
+    with pytest.raises(DMCError, match="a continuation has 36 tokens, more than max_length = 10"):
+        model.loglikelihood([long], disable_tqdm=True)
+    with pytest.raises(DMCError, match="compress=False is for log-probabilities"):
+        model.generate_until([Instance("generate_until", {}, ("x", {}), 0)], disable_tqdm=True)
+
+
+def test_held_out_text_that_makes_no_window(loaded, tmp_path):
+    from megatron_dmc.evaluation import read_windows
+
+    (tmp_path / "short.txt").write_text("x = 1")
+    with pytest.raises(DMCError, match=r"has 6 tokens; a window of --seq-length 6 needs 7: give more text"):
+        read_windows(loaded, 6, text=[tmp_path / "short.txt"])
+    assert read_windows(loaded, 5, text=[tmp_path / "short.txt"]).shape == (1, 6)
+    for given in ({}, dict(text=[tmp_path], data="data")):
+        with pytest.raises(DMCError, match="either as text or as an indexed dataset"):
+            read_windows(loaded, 6, **given)
+
+
+def test_tasks_without_the_harness(monkeypatch):
+    from megatron_dmc.commands import evaluate
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "nowhere", "--tasks", "gsm8k"])
+    with pytest.raises(DMCError, match=r'--tasks needs the package lm_eval: pip install "megatron-dmc\[evaluate\]"'):
+        evaluate.main()
 
 
 @pytest.mark.parametrize(
