@@ -71,8 +71,9 @@ def check_positions(loaded: LoadedModel, flag: str, length: int) -> None:
     Raises:
         DMCError: for such a length.
     """
-    limit = loaded.args.max_position_embeddings
-    if loaded.args.position_embedding_type == "learned_absolute" and length > limit:
+    if loaded.args.position_embedding_type != "learned_absolute":
+        return
+    if length > (limit := loaded.args.max_position_embeddings):
         raise DMCError(f"{flag} {length} exceeds the model's {limit} learned positions: give {limit} at most")
 
 
