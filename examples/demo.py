@@ -166,8 +166,10 @@ def evaluate(size: Size, output: Path, data: str) -> None:
 
     emulate_cuda()
     from megatron_dmc.checkpoint import load
-    from megatron_dmc.commands.report import draw, measure, table
-    from megatron_dmc.evaluation import loss_uncompressed, read_windows
+    from megatron_dmc.commands.report import closings, summary, table
+    from megatron_dmc.evaluation import loss_compressed, loss_uncompressed, read_windows
+    from megatron_dmc.report_picture import draw
+    from megatron_dmc.token_text import TokenText
 
     losses = {}
     for name in ("base", "control"):
@@ -175,7 +177,9 @@ def evaluate(size: Size, output: Path, data: str) -> None:
         windows = read_windows(loaded, size.seq_length, data=f"{data}-valid", limit=size.held_out_tokens)
         losses[name] = loss_uncompressed(loaded, windows)
     loaded = load(output / "finetune")
-    report = measure(loaded, windows)
+    compressed = loss_compressed(loaded, windows)
+    report = summary(compressed, loss_uncompressed(loaded, windows), size.seq_length, loaded.dmc)
+    report["closings"] = closings(compressed, TokenText(loaded.tokenizer))
     cost = report["loss_compressed"] / losses["control"] - 1
     print(f"\n{table(report)}\n")
     print(f"{'held-out loss, nats per token':44}{'loss':>8}{'ratio':>8}{'against control':>18}")
@@ -183,7 +187,7 @@ def evaluate(size: Size, output: Path, data: str) -> None:
     print(f"{'control: trained on without compression':44}{losses['control']:8.4f}{1:8.2f}")
     label = "DMC: hard decisions, truly merged caches"
     print(f"{label:44}{report['loss_compressed']:8.4f}{report['compression_ratio']:8.2f}{cost:>+17.1%}\n")
-    summary = dict(
+    results = dict(
         base_loss=losses["base"],
         control_loss=losses["control"],
         dmc_loss=report["loss_compressed"],
@@ -191,7 +195,7 @@ def evaluate(size: Size, output: Path, data: str) -> None:
         target_ratio=RATIO,
         steps=dict(base=size.base, zero_out=size.zero_out, retrofit=size.retrofit, finetune=size.finetune),
     )
-    (output / "report.json").write_text(json.dumps({**summary, **report}, indent=2) + "\n")
+    (output / "report.json").write_text(json.dumps({**results, **report}, indent=2) + "\n")
     draw(report, output / "report.png")
 
 

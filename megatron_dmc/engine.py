@@ -48,6 +48,7 @@ from megatron_dmc.cache import CacheShape, PagedCache
 from megatron_dmc.config import DMCError
 from megatron_dmc.context import HoldsPages, cache_shape
 from megatron_dmc.megatron_hooks import dmc_layers
+from megatron_dmc.token_text import beginning, tokenize_prompt
 
 HEADROOM = 0.03
 """Share of the pool that is left for requests that merge less than those before them."""
@@ -510,7 +511,10 @@ class DMCInferenceEngine(DynamicInferenceEngine):
         """As Megatron's. The record of a request that cannot be served has failed, and its event says why."""
         sampling_params = sampling_params or SamplingParams()
         if isinstance(prompt, str):
-            prompt = self.controller.tokenize_prompt(self.controller.tokenizer, prompt, sampling_params.add_BOS)
+            # Megatron's `tokenize_prompt` takes away the beginning that the tokenizer gives a text, as in training.
+            prompt, first = tokenize_prompt(self.controller.tokenizer, prompt), beginning(self.controller.tokenizer)
+            if sampling_params.add_BOS and first is not None and prompt[:1] != [first]:
+                prompt = [first, *prompt]
         elif isinstance(prompt, Tensor):
             prompt = prompt.tolist()
         if (reason := self._unsound(prompt, sampling_params)) is not None:
@@ -530,6 +534,8 @@ class DMCInferenceEngine(DynamicInferenceEngine):
     def _unsound(self, prompt: list[int], params: SamplingParams) -> str | None:
         """What is wrong with a request, or `None`."""
         vocabulary = self.controller.tokenizer.vocab_size
+        if params.add_BOS and beginning(self.controller.tokenizer) is None:
+            return "add_BOS is set, and the tokenizer has no token that begins a text"
         if not prompt:
             return "the prompt has no tokens"
         if (wrong := next((t for t in prompt if type(t) is not int), None)) is not None:

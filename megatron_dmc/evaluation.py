@@ -62,6 +62,21 @@ class Compressed:
         return float(self.tokens * self.entries.size / self.entries.sum())
 
 
+def check_positions(loaded: LoadedModel, flag: str, length: int) -> None:
+    """Refuse texts of more tokens than a model has positions, where these are learned.
+
+    Args:
+        flag: that gave `length`, for the message.
+
+    Raises:
+        DMCError: for such a length.
+    """
+    if loaded.args.position_embedding_type != "learned_absolute":
+        return
+    if length > (limit := loaded.args.max_position_embeddings):
+        raise DMCError(f"{flag} {length} exceeds the model's {limit} learned positions: give {limit} at most")
+
+
 def read_windows(
     loaded: LoadedModel,
     length: int,
@@ -95,7 +110,10 @@ def read_windows(
     tokens = torch.from_numpy(tokens.astype(np.int64))
     count = (len(tokens) - 1) // length
     if count < 1:
-        raise DMCError(f"the held-out text has {len(tokens)} tokens; at least {length + 1} are needed")
+        raise DMCError(
+            f"the held-out text has {len(tokens)} tokens; a window of --seq-length {length} needs {length + 1}: give "
+            "more text, or a smaller --seq-length"
+        )
     if int(tokens.max()) >= loaded.args.padded_vocab_size:
         raise DMCError(
             f"the held-out data has token {int(tokens.max())}, the model only {loaded.args.padded_vocab_size} tokens: "
@@ -157,7 +175,7 @@ def loss_compressed(loaded: LoadedModel, windows: torch.Tensor) -> Compressed:
 
 @torch.no_grad()
 def loss_uncompressed(loaded: LoadedModel, windows: torch.Tensor) -> float:
-    """Mean loss per token over windows `[n, s + 1]` without DMC.
+    """Mean loss per token over windows `[n, s + 1]` with nothing merged.
 
     For a model without DMC this is its loss; a DMC model appends every token instead of merging any.
     """

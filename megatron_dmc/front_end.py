@@ -27,6 +27,7 @@ from megatron_dmc.messages import StreamingClient
 from megatron_dmc.openai_answers import Tokens
 from megatron_dmc.openai_requests import RequestFailed, ServerOptions
 from megatron_dmc.server import Orders, run
+from megatron_dmc.token_text import tokenize_prompt
 
 
 @dataclass
@@ -65,7 +66,7 @@ class EngineBackend:
 
     def tokenize(self, text: str) -> list[int]:
         try:
-            return self._tokenizer.tokenize(text)
+            return tokenize_prompt(self._tokenizer, text)
         except ValueError as error:  # a tokenizer of numbers, for instance
             raise RequestFailed("the model's tokenizer cannot take this text") from error
 

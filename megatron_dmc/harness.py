@@ -21,6 +21,7 @@ from megatron_dmc.checkpoint import LoadedModel, load
 from megatron_dmc.config import DMCError
 from megatron_dmc.cpu import emulate_cuda
 from megatron_dmc.evaluation import appending_all, score
+from megatron_dmc.token_text import beginning, tokenize_prompt
 
 
 @register_model("megatron_dmc")
@@ -65,10 +66,17 @@ class HarnessModel(TemplateLM):
         self._batch_size = 64 if batch_size == "auto" else int(batch_size)
         self._cache_gib, self._compress = cache_gib, compress
         self._llm: Any = None
+        self._beginning = beginning(checkpoint.tokenizer)
+        self._begins_texts = self._beginning is not None and checkpoint.tokenizer.tokenize("0")[0] == self._beginning
 
     @property
     def eot_token_id(self) -> int:
         return self.loaded.tokenizer.eod
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Before texts that have nothing before them: the token that begins a text, or else the one that ends it."""
+        return self.eot_token_id if self._beginning is None else self._beginning
 
     @property
     def batch_size(self) -> int:
@@ -79,12 +87,17 @@ class HarnessModel(TemplateLM):
         return str(self.loaded.args.tokenizer_model)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return list(self.loaded.tokenizer.tokenize(string))
+        """As the tokenizer begins a text, but once; with `add_special_tokens=False`, without what it puts before it."""
+        if add_special_tokens is None:
+            return tokenize_prompt(self.loaded.tokenizer, string)
+        tokens = list(self.loaded.tokenizer.tokenize(string))
+        return tokens if add_special_tokens or not self._begins_texts else tokens[1:]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        tokenizer, options = self.loaded.tokenizer, dict(tokenize=False, add_generation_prompt=add_generation_prompt)
+        if tokenizer.library == "huggingface":  # others cannot leave an answer open that is begun
+            options["continue_final_message"] = not add_generation_prompt
+        return tokenizer.apply_chat_template(chat_history, **options)
 
     def _score(self, rows: list[tuple[list[int], list[int]]], progress: bool):
         if self._compress:
@@ -109,6 +122,8 @@ class HarnessModel(TemplateLM):
         windows, owner = [], []
         for index, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
+            if tokens[:1] == [self.prefix_token_id]:  # which the first window has before it
+                del tokens[0]
             for pair in utils.get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 windows.append(tuple(map(list, utils.make_disjoint_window(pair))))
                 owner.append(index)

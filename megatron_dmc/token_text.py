@@ -1,4 +1,4 @@
-"""What single tokens stand for in a text, with any of Megatron's tokenizers."""
+"""What single tokens stand for in a text, and a prompt's tokens, with any of Megatron's tokenizers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,22 @@ PART = "part of a character"
 NAMED = {"\n": "newline", "\t": "tab", "\r": "carriage return"}
 UNFINISHED = "\ufffd"
 """What tokenizers make of bytes that are no whole character. A text's own U+FFFD cannot be told from it."""
+
+
+def beginning(tokenizer: Any) -> int | None:
+    """The token that begins a text (BOS), where a tokenizer of Megatron's has one."""
+    token = getattr(tokenizer, "bos", None)
+    return token if isinstance(token, int) and token >= 0 else None  # SentencePiece says -1 where there is none
+
+
+def tokenize_prompt(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that a model is to continue.
+
+    It begins as the tokenizer begins every document, in training as well; but not twice where the text, as that of a
+    chat template, spells the beginning out.
+    """
+    tokens, first = list(tokenizer.tokenize(text)), beginning(tokenizer)
+    return tokens[1:] if first is not None and tokens[:2] == [first, first] else tokens
 
 
 class TokenText:

@@ -150,7 +150,8 @@ def test_report(checkpoints, corpus, tmp_path):
     segments = report["segments_by_length"]
     assert sum(segments) == pytest.approx(600 * 8 / mean)  # one entry each
     assert sum(n * length for length, n in enumerate(segments)) == 600 * 8  # every token is in one of them
-    assert f"{report['loss_compressed']:.4f}" in run.output and f"{report['loss_uncompressed']:.4f}" in run.output
+    assert f"compressed cache        {report['loss_compressed']:.4f}" in run.output
+    assert f"same, nothing merged    {report['loss_uncompressed']:.4f}" in run.output
     closings = report["closings"]
     assert closings["tokens"] == 600 - 600 // 24 and closings["closings"] == sum(segments) - 8 * 600 // 24
     assert {"letter", "space ' '"} <= {row["ends_with"] for row in closings["characters"]}
@@ -159,6 +160,30 @@ def test_report(checkpoints, corpus, tmp_path):
         "report", checkpoints / "dmc", "--text", "megatron_dmc/cli.py", "--output", tmp_path, "--max-tokens", 100
     )
     assert by_text.code == 0, by_text.output
+
+
+def said_in_one_process(commands, **variables):
+    """What each of several commands ends with, all in one process: that of each would load Megatron anew."""
+    words = [list(map(str, arguments)) for arguments in commands]
+    run = python("-c", ONE_AFTER_THE_OTHER, json.dumps(words), **variables)
+    assert run.code == 0 and "Traceback" not in run.output, run.output
+    return [line.removeprefix("said: ") for line in run.output.splitlines() if line.startswith("said: ")]
+
+
+def test_the_demos_evaluation(checkpoints, corpus, tmp_path):
+    """Its last step but one, on models that are there already."""
+    for name, origin in (("base", "base"), ("control", "base"), ("finetune", "dmc")):
+        (tmp_path / name).symlink_to(checkpoints / origin)
+    code = (
+        "import sys; from dataclasses import replace; from pathlib import Path; sys.path.insert(0, 'examples'); "
+        "import demo; size = replace(demo.CPU, seq_length=24, held_out_tokens=600); "
+        "demo.evaluate(size, Path(sys.argv[1]), sys.argv[2])"
+    )
+    run = python("-c", code, tmp_path, corpus)
+    assert run.code == 0 and "control: trained on without compression" in run.output, run.output[-3000:]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["base_loss"] == report["control_loss"] and report["dmc_loss"] == report["loss_compressed"]
+    assert report["tokens"] == 600 and (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
 ONE_AFTER_THE_OTHER = """
@@ -197,20 +222,40 @@ def test_checkpoint_mistakes(checkpoints, corpus, tmp_path):
         (["report", checkpoints / "dmc", "--data-path", other], "was prepared with another tokenizer"),
         (["report", checkpoints / "dmc", "--data-path", "/none"], "no indexed dataset at /none"),
         (["report", checkpoints / "dmc"], "either --text or --data-path"),
+        (
+            ["report", checkpoints / "dmc", *text, "--seq-length", 1_000_000],
+            "a window of --seq-length 1000000 needs 1000001: give more text, or a smaller --seq-length",
+        ),
         (["generate", checkpoints / "dmc", *prompt, "--top-k", 5, "--top-p", 0.5], "either top_k or top_p"),
         (["generate", checkpoints / "dmc", *prompt, "--temperature", -1], "temperature must be 0 (greedy) or more"),
         (["generate", checkpoints / "dmc", *prompt, "--max-new-tokens", 0], "max_new_tokens must be at least 1"),
     )
-    # One process for all: that of each would load Megatron anew.
-    words = [list(map(str, arguments)) for arguments, _ in mistakes]
-    run = python("-c", ONE_AFTER_THE_OTHER, json.dumps(words))
-    assert run.code == 0 and "Traceback" not in run.output, run.output
-    said = [line.removeprefix("said: ") for line in run.output.splitlines() if line.startswith("said: ")]
+    said = said_in_one_process([arguments for arguments, _ in mistakes])
     for (arguments, message), found in zip(mistakes, said, strict=True):
         assert message in found, (arguments, found)
 
     run = dmc("report", checkpoints / "base", *text)
     assert run.code == 1 and "Traceback" not in run.output and "not been trained with DMC" in run.output
+
+
+def test_texts_longer_than_a_models_positions(tmp_path):
+    """Where positions are learned there are no more."""
+    flags = ["--train-iters", 1, "--save-interval", 1, "--dmc-stage", "retrofit", *UNDECIDED]
+    train(*flags, "--position-embedding-type", "learned_absolute", "--save", tmp_path)
+    commands = [
+        ["report", tmp_path, "--text", "README.md", "--seq-length", 25],
+        ["evaluate", tmp_path, "--text", "README.md", "--seq-length", 25],
+        ["evaluate", tmp_path, "--needle", "--lengths", 24, 25],
+    ]
+    flags = ("--seq-length", "--seq-length", "--lengths")
+    for flag, found in zip(flags, said_in_one_process(commands), strict=True):
+        assert f"{flag} 25 exceeds the model's 24 learned positions: give 24 at most" in found
+
+
+def test_commands_of_one_process_under_torchrun():
+    commands = [["report", "nowhere", "--text", "README.md"], ["evaluate", "nowhere", "--text", "README.md"]]
+    for (command, *_), found in zip(commands, said_in_one_process(commands, WORLD_SIZE="2"), strict=True):
+        assert found == f"megatron-dmc {command}: {command} runs in one process: start it without torchrun"
 
 
 def test_training_with_another_tokenizers_data(corpus, tmp_path):

@@ -335,6 +335,7 @@ def small(tmp_path_factory):
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
+NORM = "decoder.final_layernorm.weight"
 
 
 @pytest.mark.parametrize(
@@ -354,6 +355,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
             "high_freq_factor is 2.0, and must be 4",
         ),
         (lambda f: change(f, rope_parameters=dict(rope_type="default", rope_theta=0.5)), "rope_theta is 0.5"),
+        (lambda f: change(f, hidden_size="many"), "config.json: transformers cannot read it as mistral"),
         (lambda f: change(f, num_hidden_layers=4), "lacks 9 tensors of a mistral: model.layers.3."),
         (lambda f: change(f, num_hidden_layers=2), "has 9 tensors that a mistral does not have: model.layers.2."),
         (lambda f: change(f, hidden_size=32), "has shape (261, 64); by config.json it has (261, 32)"),
@@ -367,6 +369,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         ),
         (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "cannot read"),
         (lambda f: (f / "config.json").write_text("{"), "config.json"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json must hold a JSON object; it holds a list"),
     ],
 )
 def test_models_that_are_refused(small, tmp_path, spoil, message):
@@ -447,6 +450,55 @@ def test_arguments_that_are_refused(small, tmp_path):
         with pytest.raises(DMCError) as error:
             Architecture.from_args(Namespace(**args | change), 261, "checkpoint")
         assert message in str(error.value)
+    del args["rotary_base"]
+    with pytest.raises(DMCError, match=r"checkpoint holds other arguments than Megatron 0.19 saves: .*rotary_base"):
+        Architecture.from_args(Namespace(**args), 261, "checkpoint")
+
+
+def resized(chunk, key, rows):
+    """In place of one chunk, another of so many rows."""
+    from dataclasses import replace
+
+    return replace(chunk, key=key, shape=(rows,), size=(rows,), offset=(0,))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda chunks, common: common.pop("args"), "holds no arguments that say what model it is"),
+        (
+            lambda chunks, common: chunks.append((resized(chunks[-1][0], "decoder.extra", 3), torch.float32)),
+            "has tensors that are no part of the model by its arguments: decoder.extra",
+        ),
+        (
+            lambda chunks, common: chunks.append((chunks.pop()[0], torch.float64)),
+            "has tensors of float32, float64; convert knows float32, bfloat16 and float16",
+        ),
+        (lambda chunks, common: chunks.pop(), "has no tensor output_layer.weight; it has decoder.final_layernorm"),
+        (
+            lambda chunks, common: chunks.append((resized(chunks.pop(-2)[0], NORM, 65), torch.float32)),
+            f"{NORM} has shape (65,); by the arguments it has (64,)",
+        ),
+    ],
+)
+def test_checkpoints_that_are_refused(megatron, small, tmp_path, spoil, message):
+    """On the way back, before anything is written."""
+    from megatron_dmc.config import DMCError
+    from megatron_dmc.convert import _arguments, to_hugging_face
+    from megatron_dmc.distributed_checkpoint import write
+    from megatron_dmc.families import Architecture
+
+    model = Architecture.from_config(json.loads((small / "config.json").read_text()), "config.json")
+    args = _arguments(model, small, {"decoder.layers.mlp.linear_fc2.weight": torch.float32})
+    chunks, common = [(chunk, torch.float32) for chunk in model.chunks()], dict(args=args, iteration=0)
+    spoil(chunks, common)
+    dtypes = dict(chunks)
+    (tmp_path / "checkpoint").mkdir()
+    write(tmp_path / "checkpoint", chunks, lambda c: torch.zeros(c.size, dtype=dtypes[c]), {}, common)
+    with pytest.raises(DMCError) as error:
+        to_hugging_face(tmp_path / "checkpoint", tmp_path / "out")
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_without_tokens(tmp_path):

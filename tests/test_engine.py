@@ -312,6 +312,7 @@ def test_sampling_is_reproducible_and_probabilities_are_the_models(fresh_seed):
         ([], {}, "no tokens"),
         ([1, 60], {}, "token 60 does not exist: the vocabulary has 60"),
         ([1, -1], {}, "token -1 does not exist"),
+        ("1", dict(add_BOS=True), "add_BOS is set, and the tokenizer has no token that begins a text"),
         ([1, "2"], {}, "it holds '2'"),
         ([1] * 60, {}, "leave no room for an answer"),
         ([1], dict(top_k=0, temperature=0.0), "temperature must be above 0"),

@@ -1,7 +1,10 @@
 """Scores, recall and tasks of lm-evaluation-harness, of models that read through compressed caches."""
 
+import argparse
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,7 +120,7 @@ def test_keys(fresh_seed):
         needle(words, 100, 1.5, 0)
 
 
-def with_beginning(pieces, prefix):
+def with_beginning(pieces, prefix, size=400):
     """A tokenizer that begins every text with a token of its own, as Llama's do; `prefix` as SentencePiece, a space."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -130,7 +133,7 @@ def with_beginning(pieces, prefix):
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
         tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     texts = [*FILLER, *ADJECTIVES, *NOUNS, QUESTION, STATEMENT, " ".join("0123456789"), " 0 1 2 3 4 5 6 7 8 9."]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -288,6 +291,99 @@ def test_harness(loaded, fresh_seed):
         model.generate_until([request("generate_until", "x", {"max_gen_toks": 60})], disable_tqdm=True)
 
 
+@pytest.fixture(scope="module")
+def beginning(loaded, tmp_path_factory):
+    """The same model with a tokenizer that begins every text with the token 1, and a chat template that spells it."""
+    from megatron.core.tokenizers import MegatronTokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("beginning")
+    template = "<s>{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %} is{% endif %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=with_beginning("SentencePiece", False, 250), bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", chat_template=template,
+    ).save_pretrained(folder)  # fmt: skip
+    tokenizer = MegatronTokenizer.from_pretrained(str(folder), metadata_path={"library": "huggingface"})
+    return replace(loaded, tokenizer=tokenizer)
+
+
+def test_the_beginning_of_a_text(beginning, monkeypatch):
+    """Once before every text, also where the text spells it or has nothing before it."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_dmc import harness
+    from megatron_dmc.evaluation import score
+
+    model = harness.HarnessModel(beginning, max_length=60, max_gen_toks=5, cache_gib=0.05)
+    request = lambda kind, *arguments: Instance(kind, {}, arguments, 0)  # noqa: E731
+    text, end = "The river runs slowly", " past the old mill"
+    tokens, rest = (
+        beginning.tokenizer._tokenizer.tokenizer(t, add_special_tokens=False).input_ids for t in (text, end)
+    )
+    assert model.prefix_token_id == 1 and 1 not in tokens + rest and model.eot_token_id == 2
+    assert model.tok_encode(text) == model.tok_encode("<s>" + text) == [1, *tokens]
+    assert model.tok_encode(text, add_special_tokens=True) == [1, *tokens]
+    assert model.tok_encode(text, add_special_tokens=False) == tokens
+    assert model.tok_encode("<s>" + text, add_special_tokens=False) == [1, *tokens]
+
+    def found(row):
+        return pytest.approx(score(beginning, [row])[0].log_prob)
+
+    after, spelt, first = model.loglikelihood(
+        [request("loglikelihood", *pair) for pair in ((text, end), ("<s>" + text, end), ("", text))], disable_tqdm=True
+    )
+    assert after[0] == spelt[0] == found(([1, *tokens], rest)) and first[0] == found(([1], tokens))
+    rolling = [request("loglikelihood_rolling", t) for t in (text, "<s>" + text, "")]
+    assert model.loglikelihood_rolling(rolling, disable_tqdm=True) == [found(([1], tokens))] * 2 + [0]
+
+    chat = [dict(role="user", content=text)]
+    assert model.apply_chat_template(chat) == f"<s>[{text}] is" and model.chat_template(True).startswith("<s>")
+    chat.append(dict(role="assistant", content="It"))
+    assert model.apply_chat_template(chat, add_generation_prompt=False) == f"<s>[{text}][It"
+    engine, given = model._engine(), []
+    answer = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda prompts, params: given.extend(prompts) or answer(prompts, params))
+    prompts = [text, f"<s>{text}", ""]
+    model.generate_until([request("generate_until", prompt, {}) for prompt in prompts], disable_tqdm=True)
+    assert given == [[1, *tokens], [1, *tokens], [1]]
+
+
+def test_all_ways_to_a_prompt_begin_it_alike(beginning, monkeypatch):
+    """Text that the engine is given, the command and the server."""
+    import asyncio
+    from unittest.mock import MagicMock
+
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    from megatron_dmc.commands import generate
+    from megatron_dmc.front_end import EngineAddress, EngineBackend
+    from megatron_dmc.llm import LLM
+
+    prompts = ["The river runs", "<s>The river runs"]
+    tokens = beginning.tokenizer.tokenize(prompts[0])
+    assert tokens[0] == 1 and len(tokens) > 3
+    llm = LLM(beginning, max_sequence_length=40, cache_gib=0.05, max_requests=2)
+    for add in (False, True):
+        params = SamplingParams(top_k=1, num_tokens_to_generate=2, add_BOS=add)
+        assert [r.prompt_tokens.tolist() for r in llm.generate(prompts, params)] == [tokens] * 2
+
+    given = []
+    monkeypatch.setattr(LLM, "stream", lambda self, prompts, params: given.extend(prompts) or iter(()))
+    options = argparse.Namespace(
+        max_new_tokens=2, batch_size=2, cache_gib=0.05, cache_fp8=False, seed=0, temperature=0, top_k=0, top_p=0
+    )
+    with pytest.raises(RuntimeError, match="StopIteration"):  # nothing is generated here
+        generate._generate(beginning, prompts, options)
+    assert given == [tokens] * 2
+
+    monkeypatch.setattr("megatron_dmc.front_end.StreamingClient", MagicMock())
+
+    async def backend():
+        return EngineBackend(EngineAddress("nowhere", beginning.tokenizer, 64))
+
+    assert [asyncio.run(backend()).tokenize(prompt) for prompt in prompts] == [tokens] * 2
+
+
 def task_options(name):
     """The generation options of one of the harness's own tasks, as its file has them."""
     import lm_eval
@@ -319,6 +415,40 @@ def test_options_of_gsm8k(loaded, fresh_seed, monkeypatch):
         model.generate_until([Instance("generate_until", {}, ("def f(x):", every), 0)], disable_tqdm=True)
     assert [(p.top_k, p.temperature, p.top_p) for p in given] == [(1, 1.0, 0.0), (0, 0.8, 0.9), (0, 0.8, 0.0)]
     assert given[0].stop_words == options["until"]
+
+
+def test_what_the_harness_may_not_ask(loaded):
+    from lm_eval.api.instance import Instance
+
+    from megatron_dmc import harness
+
+    model = harness.HarnessModel(loaded, max_length=10, max_gen_toks=2, compress=False)
+    long = Instance("loglikelihood", {}, ("x", " = 1" * 9), 0)
+    with pytest.raises(DMCError, match="a continuation has 36 tokens, more than max_length = 10"):
+        model.loglikelihood([long], disable_tqdm=True)
+    with pytest.raises(DMCError, match="compress=False is for log-probabilities"):
+        model.generate_until([Instance("generate_until", {}, ("x", {}), 0)], disable_tqdm=True)
+
+
+def test_held_out_text_that_makes_no_window(loaded, tmp_path):
+    from megatron_dmc.evaluation import read_windows
+
+    (tmp_path / "short.txt").write_text("x = 1")
+    with pytest.raises(DMCError, match=r"has 6 tokens; a window of --seq-length 6 needs 7: give more text"):
+        read_windows(loaded, 6, text=[tmp_path / "short.txt"])
+    assert read_windows(loaded, 5, text=[tmp_path / "short.txt"]).shape == (1, 6)
+    for given in ({}, dict(text=[tmp_path], data="data")):
+        with pytest.raises(DMCError, match="either as text or as an indexed dataset"):
+            read_windows(loaded, 6, **given)
+
+
+def test_tasks_without_the_harness(monkeypatch):
+    from megatron_dmc.commands import evaluate
+
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "nowhere", "--tasks", "gsm8k"])
+    with pytest.raises(DMCError, match=r'--tasks needs the package lm_eval: pip install "megatron-dmc\[evaluate\]"'):
+        evaluate.main()
 
 
 @pytest.mark.parametrize(

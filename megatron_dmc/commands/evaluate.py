@@ -56,8 +56,12 @@ def main() -> None:
     _check(args)
     emulate_cuda()
     from megatron_dmc.checkpoint import load
+    from megatron_dmc.evaluation import check_positions
 
     loaded = load(args.checkpoint, tokenizer_model=args.tokenizer_model, need_dmc=False)
+    for flag, lengths in (("--seq-length", [args.seq_length]), ("--lengths", args.lengths)):
+        for length in filter(None, lengths or ()):
+            check_positions(loaded, flag, length)
     results: dict[str, Any] = {"checkpoint": args.checkpoint, "target_ratio": loaded.dmc.dmc_cr}
     if not loaded.dmc.merges:
         del results["target_ratio"]

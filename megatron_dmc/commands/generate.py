@@ -116,9 +116,10 @@ def _generate(loaded, prompts: list[str], args: argparse.Namespace) -> None:
     from megatron_dmc.context import cache_shape
     from megatron_dmc.llm import LLM
     from megatron_dmc.openai_answers import AnswerText, Tokens
+    from megatron_dmc.token_text import tokenize_prompt
 
     tokenizer = loaded.tokenizer
-    tokens = [tokenizer.tokenize(prompt) for prompt in prompts]
+    tokens = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
     if not all(tokens):
         raise DMCError("the prompt has no tokens")
     lengths = [len(t) + args.max_new_tokens for t in tokens]

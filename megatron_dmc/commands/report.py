@@ -18,9 +18,10 @@ examples:
   megatron-dmc report checkpoints/dmc-4x --data-path data/corpus-valid --max-tokens 200000
 
 CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. Each window
-of --seq-length tokens is read through an empty cache that hard decisions compress. --output receives report.json and
-report.png: ratio per layer and head, how many tokens an entry stands for, and which characters end these segments; and
-report.html: the beginning of the text with the segments that every layer and head made of it."""
+of --seq-length tokens is read through an empty cache that hard decisions compress, and by the same model where every
+token is appended (nothing merged). --output receives report.json and report.png: ratio per layer and head, how many
+tokens an entry stands for, and which characters end these segments; and report.html: the beginning of the text with the
+segments that every layer and head made of it."""
 
 LEAST_TOKENS = 100
 """Fewer tokens give a character no rate. The standard error of a rate of so many independent tokens is at most 0.05,
@@ -59,15 +60,14 @@ def main() -> None:
         raise DMCError("report runs in one process: start it without torchrun")
     emulate_cuda()
     from megatron_dmc.checkpoint import load
-    from megatron_dmc.evaluation import loss_compressed, loss_uncompressed, read_windows
+    from megatron_dmc.evaluation import check_positions, loss_compressed, loss_uncompressed, read_windows
     from megatron_dmc.report_page import page
     from megatron_dmc.report_picture import draw
     from megatron_dmc.token_text import TokenText
 
     loaded = load(args.checkpoint, tokenizer_model=args.tokenizer_model)
     length = args.seq_length or loaded.args.seq_length
-    if loaded.args.position_embedding_type == "learned_absolute" and length > loaded.args.max_position_embeddings:
-        raise DMCError(f"--seq-length {length} exceeds the model's {loaded.args.max_position_embeddings} positions")
+    check_positions(loaded, "--seq-length", length)
     windows = read_windows(loaded, length, text=args.text, data=args.data_path, limit=args.max_tokens)
     args.output.mkdir(parents=True, exist_ok=True)
     compressed = loss_compressed(loaded, windows)
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def summary(compressed, loss_uncompressed: float, window: int, dmc) -> dict:
-    """What report.json holds of the text as a whole: losses in nats with and without compression, and every ratio.
+    """What report.json holds of the text as a whole: losses in nats, with merging and without, and every ratio.
 
     Args:
         compressed: a `Compressed` of windows of `window` tokens.
@@ -172,7 +172,8 @@ def table(report: dict) -> str:
         f"{'':22}{'loss':>8}{'perplexity':>12}{'ratio':>8}",
         f"{'compressed cache':22}{report['loss_compressed']:8.4f}{report['perplexity_compressed']:12.3f}"
         f"{report['compression_ratio']:8.2f}",
-        f"{'without DMC':22}{report['loss_uncompressed']:8.4f}{report['perplexity_uncompressed']:12.3f}{1:8.2f}",
+        f"{'same, nothing merged':22}{report['loss_uncompressed']:8.4f}{report['perplexity_uncompressed']:12.3f}"
+        f"{1:8.2f}",
         f"{'target':50}"[:42] + f"{report['target_ratio']:8.2f}",
         "",
         "ratio by layer" + "".join(f"{f'head {h}':>9}" for h in range(len(ratios[0]))),
