@@ -82,8 +82,8 @@ def checkpoint_to_resume(load: Path) -> tuple[int, list[str]]:
 def superseded(save: Path, interval: int) -> Path | None:
     """The checkpoint before the last two that are whole, unless it is at a multiple of `interval`, or a link.
 
-    Nothing counts that the tracker does not name yet. Those before it are not looked at: as with Megatron, a run deletes
-    one when it has saved one, and leaves what lay in the folder.
+    Nothing counts that the tracker does not name yet. Older ones are not looked at: as with Megatron, a run deletes one
+    when it has saved one, and leaves what lay in the folder.
     """
     text = tracked(save)
     if not is_iteration(text):

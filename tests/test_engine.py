@@ -202,7 +202,7 @@ def test_admission_leaves_room_to_grow(fresh_seed, monkeypatch):
     prompts, evicted, at_once = prompts_of(*[20] * 30), [], []
     for _ in range(2):
         torch.manual_seed(fresh_seed)
-        llm = serve(model_of(), 6)
+        llm = serve(model_of(1.0), 6)
         for prompt in prompts:
             llm.engine.add_request(int(next(llm.engine.request_counter)), prompt, greedy(20, termination_id=-1))
         while llm.engine.has_unfinished_requests():
@@ -213,7 +213,7 @@ def test_admission_leaves_room_to_grow(fresh_seed, monkeypatch):
         assert max(at_once) > 1
         monkeypatch.setattr(PageAccount, "peak", lambda self, prompt, answer: 0.0)
     foresighted, careless = evicted
-    assert foresighted <= 2 and foresighted < careless
+    assert foresighted <= 2 and foresighted < careless, evicted
 
 
 @pytest.fixture

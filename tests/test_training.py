@@ -188,8 +188,8 @@ def test_the_last_two_whole_checkpoints_are_kept(base, tmp_path):
         shutil.copytree(tmp_path / "iter_0000005", tmp_path / f"iter_{i:07d}")
     (tmp_path / "iter_0000004").symlink_to(tmp_path / "iter_0000003")
     for cut_off, tracker, expected in (
-        (None, "10", 8), (None, "8", None), (None, "7", 5), (None, "6", None), (None, "", None), (None, "release", None),
-        (10, "10", 7), (9, "12", 7), (6, "7", None),
+        (None, "10", 8), (None, "8", None), (None, "7", 5), (None, "6", None), (None, "", None),
+        (None, "release", None), (10, "10", 7), (9, "12", 7), (6, "7", None),
     ):  # fmt: skip
         for file in (tmp_path / f"iter_{cut_off or 0:07d}").glob("*.distcp"):
             os.truncate(file, 10)
