@@ -56,7 +56,7 @@ def test_gathered_context(base, tmp_path):
 
 def test_gathered_context_has_no_room_for_unlimited_windows(base):
     run = python(*launcher(2), "-m", "megatron_dmc", "train", *MODEL, *STAGE, *GATHERED, "--dmc-window-size", 0)
-    assert run.code != 0 and "dmc_window_size = 0 lets a merge reach back to the sequence's first token" in run.output
+    assert run.code != 0 and "--dmc-window-size 0: with --cp-comm-type all_gather, a window is at least 1" in run.output
 
 
 def test_experts_train_alike(tmp_path):

@@ -127,20 +127,27 @@ def serving(client, backend, *, ends=True, **options):
     The server runs meanwhile, and is asked to end after it if `ends`.
 
     Args:
-        backend: the server's `Backend`, or a coroutine of it.
+        backend: the server's `Backend`, or a coroutine of it, which the client does not wait for.
     """
 
     async def main():
         nonlocal backend
         listener = listen("127.0.0.1", 0)
-        if not asyncio.iscoroutine(backend):
+        loaded = not asyncio.iscoroutine(backend)
+        if loaded:
             backend = _itself(backend)
         orders = Orders()
         told = Told(orders)
         address = "http://{}:{}".format(*listener.getsockname())
         served = asyncio.create_task(run(backend, ServerOptions("tiny", **options), listener, orders))
+
+        def when_ready():
+            if loaded:  # it listens a little before it says so
+                until(lambda: httpx.get(f"{address}/ready").status_code == 200)
+            return client(address, told)
+
         try:
-            result = await asyncio.to_thread(client, address, told)
+            result = await asyncio.to_thread(when_ready)
         finally:
             if ends:
                 orders.end()
