@@ -454,7 +454,7 @@ def over(found: dict, name: str, loss: str) -> float | None:
 
 
 def error_of(found: dict, name: str, loss: str) -> float | None:
-    """Standard error of `over` in the choice of windows, which both have read."""
+    """Standard error of `over`, a ratio of means over windows that both have read (by the delta method)."""
     if over(found, name, loss) is None:
         return None
     ours, theirs = (np.array(one[f"{loss}_by_window"]) for one in (found["results"][name], control_of(found, name)))

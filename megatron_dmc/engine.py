@@ -511,7 +511,7 @@ class DMCInferenceEngine(DynamicInferenceEngine):
         """As Megatron's. The record of a request that cannot be served has failed, and its event says why."""
         sampling_params = sampling_params or SamplingParams()
         if isinstance(prompt, str):
-            # Megatron's `tokenize_prompt` takes away the beginning that the tokenizer gives a text, as in training.
+            # Not Megatron's `tokenize_prompt`: it removes the token with which texts begin, in training as well.
             prompt, first = tokenize_prompt(self.controller.tokenizer, prompt), beginning(self.controller.tokenizer)
             if sampling_params.add_BOS and first is not None and prompt[:1] != [first]:
                 prompt = [first, *prompt]

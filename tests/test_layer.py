@@ -1,6 +1,7 @@
 """The Megatron layer against the reference operations, in every form that Megatron builds it; and what it refuses."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,6 +274,22 @@ def test_noise_is_logistic_and_the_same_for_a_head_in_every_layout(fresh_seed):
     assert torch.equal(gathered[0], gathered[1]) and torch.equal(torch.cat(gathered[1:3], -1), whole)
     assert whole.isfinite().all()
     assert abs(whole.mean()) < 0.15 and abs(whole.var() / (math.pi**2 / 3) - 1) < 0.15
+
+
+def test_gathered_context_has_no_room_for_unlimited_windows():
+    """For a model that is built outside of Megatron's training loop, whose arguments were checked before."""
+    from megatron_dmc.attention import DMCCoreAttention
+
+    def core(ranks, exchange, window):
+        group = SimpleNamespace(size=lambda: ranks, rank=lambda: 0)
+        compression = Compression(DMCConfig(dmc_stage="retrofit", dmc_window_size=window), 2, 4)
+        groups = dict(pg_collection=SimpleNamespace(tp=group, cp=group), cp_comm_type=exchange)
+        return DMCCoreAttention(config(), 1, compression=compression, **groups)
+
+    for fine in ((1, "all_gather", 0), (2, "a2a", 0), (2, "all_gather", 1)):
+        core(*fine)
+    with pytest.raises(DMCError, match="dmc_window_size = 0 lets a merge reach back to the sequence's first token"):
+        core(2, "all_gather", 0)
 
 
 def generate(model, tokens, cuts):
