@@ -26,6 +26,20 @@ def test_layouts_train_alike(base, alone, tmp_path, layout):
     assert_same_training(*train_from(base, tmp_path, *STAGE, *flags.split(), processes=processes), alone)
 
 
+def test_the_last_channel_fades_alike(base, tmp_path):
+    """Stage zero-out, in which nothing merges, in one process and in layouts of several."""
+    stage = ["--dmc-stage", "zero-out", "--finetune"]
+    expected, saved = train_from(base, tmp_path / "alone", *stage)
+    unfaded = train(*DESCENT, "--load", base, "--finetune")
+    assert abs(expected.values("lm loss")[-1] / unfaded.values("lm loss")[-1] - 1) > 1e-3
+    for processes, layout in (
+        (4, "--tensor-model-parallel-size 2 --context-parallel-size 2 --cp-comm-type all_gather"),
+        (2, "--pipeline-model-parallel-size 2"),
+    ):
+        run = train_from(base, tmp_path / f"{processes}", *stage, *layout.split(), processes=processes)
+        assert_same_training(*run, (expected, saved))
+
+
 def test_the_compared_runs_compress(base, alone, tmp_path):
     """The comparison sees the compression gradient: without it the weights are others."""
     run, saved = alone
