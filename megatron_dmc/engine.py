@@ -24,9 +24,11 @@ coordinator. Its context and its engine rest on assumptions that a compressed ca
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import math
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -455,9 +457,21 @@ class WholeStepController(TextGenerationController):
             self._run_step(input_ids, position_ids)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory):
+        with _no_garbage_collection(), torch.cuda.graph(graph, pool=self._graph_memory):
             self._run_step(input_ids, position_ids)
         return graph, self._all_logits_cuda
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """An engine that nobody uses any more has CUDA graphs, and to destroy one of them ends a capture under way."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class DMCController(WholeStepController):

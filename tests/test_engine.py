@@ -1,5 +1,6 @@
 """Megatron's dynamic engine over the paged cache: requests that come, go, give way, or cannot be served."""
 
+import gc
 import math
 import random
 import re
@@ -458,6 +459,37 @@ def test_fused_kernels_choose_the_models_tokens(fresh_seed, implementation, fp8)
     assert torch.cat(same).float().mean() > (0.6 if fp8 else 0.9)
     assert llm.context.account.ratio > 1
     everything_returned(llm)
+
+
+@pytest.mark.gpu
+def test_graphs_of_engines_that_are_gone(monkeypatch):
+    """Python finds them whenever it likes; it does not amid a capture, which they would end."""
+    from megatron_dmc.engine import WholeStepController
+
+    def a_graph():
+        graph, x = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
+        with torch.cuda.graph(graph):
+            x.add_(1)
+        return graph
+
+    model = model_of(1.0, hidden_size=256, ffn_hidden_size=256, params_dtype=torch.bfloat16).bfloat16()
+    graphs, run_step, amid = [a_graph() for _ in range(40)], WholeStepController._run_step, []
+
+    def lose_one(*args):
+        amid.append(torch.cuda.is_current_stream_capturing())
+        cycle = [graphs.pop()]
+        cycle.append(cycle)  # so that the garbage collector alone destroys it
+        del cycle
+        run_step(*args)
+
+    monkeypatch.setattr(WholeStepController, "_run_step", lose_one)
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        llm = serve(model, 4, cuda_graphs=4)
+    finally:
+        gc.set_threshold(*threshold)
+    assert sum(amid) == len(llm.controller._graphs) > 1 and gc.isenabled()
 
 
 @pytest.mark.gpu

@@ -15,8 +15,8 @@ two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
 SHAPE = """--transformer-impl transformer_engine --bf16 --hidden-size 256 --num-attention-heads 4 --seq-length 512
     --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 4 --init-method-std 0.05""".split()
-RETROFIT = """--dmc-stage retrofit --dmc-cr 4 --dmc-init-val 0.3 --dmc-temp 0.3 --finetune --lr 1e-3
-    --train-iters 20""".split()
+RETROFIT = """--dmc-stage retrofit --dmc-cr 4 --dmc-init-val 0.3 --dmc-temp 0.3 --finetune --lr 2e-4
+    --train-iters 20""".split()  # at 1e-3, what bfloat16 rounds grows a hundredfold where the loss falls
 QUIET = ["--dmc-no-noise"]
 FP8 = ["--fp8-format", "hybrid"]
 TENSOR = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -26,8 +26,7 @@ SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-pa
 PACKED = ["--dataloader-inter-document-masking"]
 ZERO_OUT = ["--dmc-stage", "zero-out"]
 BASE = "the model to begin from"
-# A teacher and the text pull apart, and at the others' rate what bfloat16 rounds grows tenfold where the loss falls.
-TAUGHT = ["--dmc-teacher", BASE, "--dmc-teacher-weight", "0.5", "--lr", "2e-4"]
+TAUGHT = ["--dmc-teacher", BASE, "--dmc-teacher-weight", "0.5"]
 
 RUNS = {  # processes, flags
     "one GPU": (1, []),
@@ -116,7 +115,7 @@ def test_layouts_on_gpus(runs, megatron, name):
     for value, bound in bounds.items():
         errors = [abs(a / b - 1) for a, b in zip(run.values(value), expected.values(value), strict=True)]
         print(name, value, "differs by at most", max(errors))
-        assert all(error < bound * wide for error in errors), (value, run.values(value), expected.values(value))
+        assert max(errors) < bound * wide, f"{value}: {run.values(value)} for {expected.values(value)}"
     if not with_gradients:
         return
     ours, theirs = gradients(folder / name), gradients(folder / other)
