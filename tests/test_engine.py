@@ -480,15 +480,15 @@ def test_graphs_of_engines_that_are_gone(monkeypatch):
         cycle = [graphs.pop()]
         cycle.append(cycle)  # so that the garbage collector alone destroys it
         del cycle
-        run_step(*args)
+        gc.set_threshold(1)
+        try:
+            run_step(*args)
+        finally:
+            gc.set_threshold(*threshold)
 
-    monkeypatch.setattr(WholeStepController, "_run_step", lose_one)
     threshold = gc.get_threshold()
-    gc.set_threshold(1)
-    try:
-        llm = serve(model, 4, cuda_graphs=4)
-    finally:
-        gc.set_threshold(*threshold)
+    monkeypatch.setattr(WholeStepController, "_run_step", lose_one)
+    llm = serve(model, 4, cuda_graphs=4)
     assert sum(amid) == len(llm.controller._graphs) > 1 and gc.isenabled()
 
 

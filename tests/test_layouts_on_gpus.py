@@ -105,7 +105,7 @@ def test_layouts_on_gpus(runs, megatron, name):
     for one in (run, expected):
         assert one.code == 0, one.output[-6000:]
         assert len(one.steps) == 20
-    bounds = {"lm loss": 0.01, "compression ratio": 0.03, "grad norm": 0.1}
+    bounds = {"lm loss": 0.006, "compression ratio": 0.005, "grad norm": 0.03}
     if "zero-out" in name:  # nothing merges
         bounds.pop("compression ratio")
     else:
