@@ -1,6 +1,6 @@
 """What does compression cost? A model trained from nothing, retrofitted, and compared at the same size of the cache.
 
-    python benchmarks/quality.py [--gpus 2] [--minutes 25] [--out benchmarks/results/quality.json]
+    python benchmarks/quality.py [--gpus 2] [--at-once 2] [--minutes 25] [--out benchmarks/results/quality.json]
 
 The same line goes on where it was stopped. What is measured by then is in the results.
 
@@ -16,6 +16,7 @@ Parts, in this order:
 - `peers`: methods without training, on the control and on the base, by kvpress, in as many bytes as DMC's caches take
   on the same text: of held-out contexts, and of the recall test's.
 - `reports`: what the models at 4x have learned, by `megatron-dmc report`.
+- `ablations`: DMC at 4x with one thing changed each (`CHANGES`); twice the tokens against a control with as many.
 
 `ratio` in the results is the base's cache in bytes over a method's, with all that it keeps: for DMC also what it holds
 of open segments, in float32, which counts in contexts as short as these. `cost_at` is what each trained method costs at
@@ -28,6 +29,7 @@ Training is `megatron-dmc train`, models travel by `megatron-dmc convert`. `--si
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -36,7 +38,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -47,7 +49,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_dmc.resume import TRACKER  # noqa: E402
 
-PARTS = ("text", "base", "runs", "peers", "reports")
+PARTS = ("text", "base", "runs", "peers", "reports", "ablations")
 RATIOS = (2, 4, 8)
 PRESSES = ("ObservedAttention", "TOVA", "SnapKV", "StreamingLLM", "Knorm", "ExpectedAttention", "KeyDiff")
 STAGES = {"zero-out": 2, "retrofit": 20, "finetune": 5}
@@ -95,6 +97,27 @@ COMMON = """
 
 
 @dataclass(frozen=True)
+class Change:
+    """What an ablation changes: flags, a factor of the learning rate or of the tokens, the stages' shares."""
+
+    flags: tuple[str, ...] = ()
+    lr: float = 1
+    tokens: int = 1
+    stages: dict[str, int] = field(default_factory=lambda: STAGES)
+
+
+CHANGES = {
+    "twice-the-tokens": Change(tokens=2),
+    "twice-the-lr": Change(lr=2),
+    "half-the-lr": Change(lr=0.5),
+    "window-4": Change(("--dmc-window-size", "4")),
+    "window-24": Change(("--dmc-window-size", "24")),
+    "temperature-0.3": Change(("--dmc-temp", "0.3")),
+    "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 15, "finetune": 10}),
+}
+
+
+@dataclass(frozen=True)
 class Method:
     """One of `runs`: what is trained, from what, and with which flags."""
 
@@ -103,12 +126,19 @@ class Method:
     seed: int = 1
     divisor: int = 1
     """Of the tokens that a run has."""
+    changed: str = ""
+    """One of `CHANGES`."""
 
     @property
     def name(self) -> str:
         ratio = f"-{self.ratio}x" if self.ratio > 1 else ""
         part = f"-1of{self.divisor}" if self.divisor > 1 else ""
-        return f"{self.kind}{ratio}{part}" + (f"-seed{self.seed}" if self.seed > 1 else "")
+        seed = f"-seed{self.seed}" if self.seed > 1 else ""
+        return f"{self.kind}{ratio}{part}{seed}" + f"-{self.changed}" * bool(self.changed)
+
+    @property
+    def change(self) -> Change:
+        return CHANGES.get(self.changed, Change())
 
 
 METHODS = (
@@ -117,6 +147,9 @@ METHODS = (
     Method("distilled", 4, divisor=4), Method("distilled", 2), Method("distilled", 8), Method("distilled", 4, seed=2),
 )  # fmt: skip
 """In the order in which they begin."""
+ABLATIONS = (
+    Method("control", 1, changed="twice-the-tokens"), *(Method("dmc", 4, changed=name) for name in CHANGES)
+)  # fmt: skip
 
 
 class Stopped(Exception):
@@ -136,6 +169,7 @@ class Work:
         launch = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(launch)}
         self.visible = kept.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(options.gpus)))).split(",")
+        self.slots = range(options.gpus * options.at_once)
         self.environment = kept | dict(
             PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             PYTHONWARNINGS="ignore", CUDA_DEVICE_MAX_CONNECTIONS="1", TOKENIZERS_PARALLELISM="true",
@@ -150,16 +184,16 @@ class Work:
         elif (begun := json.loads(path.read_text())) != given:
             sys.exit(f"{self.folder} was begun with {begun}; got {given}: give the same, or another --work")
 
-    def call(self, *command, log: str, gpu: int | None = None, **environment: str) -> None:
-        """Run a command, its output in `logs/`.
+    def call(self, *command, log: str, slot: int | None = None, **environment: str) -> None:
+        """Run a command, its output in `logs/`; given one of `slots`, on its GPU.
 
         Raises:
             RuntimeError: with the end of the output, if it fails.
         """
         path = self.folder / "logs" / f"{log}.log"
         path.parent.mkdir(exist_ok=True)
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.visible[gpu]
+        if slot is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self.visible[slot % self.options.gpus]
         print(f"[{self.left():5.1f} min left] {log}", flush=True)
         with open(path, "a") as file:
             file.write(f"$ {' '.join(map(str, command))}\n")
@@ -171,8 +205,8 @@ class Work:
         if done.returncode:
             raise RuntimeError(f"{log}: exit code {done.returncode}\n{path.read_text()[-3000:]}")
 
-    def dmc(self, *arguments, log: str, gpu: int | None = None) -> None:
-        self.call(sys.executable, "-m", "megatron_dmc", *arguments, log=log, gpu=gpu)
+    def dmc(self, *arguments, log: str, slot: int | None = None) -> None:
+        self.call(sys.executable, "-m", "megatron_dmc", *arguments, log=log, slot=slot)
 
     def left(self) -> float:
         """Minutes."""
@@ -183,8 +217,10 @@ class Work:
         tracker = self.folder / run / TRACKER
         return int(tracker.read_text()) if tracker.exists() else 0
 
-    def train(self, run: str, iterations: int, flags: list, begin: Path | None, seed: int, gpus: int, gpu: int | None):
+    def train(self, run: str, iterations: int, flags: list, begin: Path | None, seed: int, slot: int | None):
         """Train until `iterations`, or until the minutes are over, going on from the run's own checkpoint.
+
+        Without a slot, on all GPUs.
 
         Raises:
             Stopped: where it is not at its end.
@@ -198,15 +234,15 @@ class Work:
         load = ["--load", begin, "--finetune"] if begin is not None else []
         if (folder / TRACKER).exists():
             load = ["--load", folder]
-        size = self.size
+        size, gpus = self.size, self.options.gpus if slot is None else 1
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", gpus] if gpus > 1 else []
         self.call(
             sys.executable, *launch, "-m", "megatron_dmc", "train", *size.model.split(), *COMMON.split(),
             *size.backend.split(), "--seq-length", size.sequence, "--max-position-embeddings", size.sequence,
-            "--data-path", f"{self.folder}/train", "--data-cache-path", self.folder / f"cache-{gpu}",
+            "--data-path", f"{self.folder}/train", "--data-cache-path", self.folder / f"cache-{slot}",
             "--tokenizer-model", self.folder / "tokenizer", "--micro-batch-size", min(size.micro, size.batch // gpus),
             "--global-batch-size", size.batch, "--train-iters", iterations, "--seed", seed, "--save", folder, *load,
-            "--exit-duration-in-mins", int(minutes), *flags, log=run.replace("/", "."), gpu=gpu,
+            "--exit-duration-in-mins", int(minutes), *flags, log=run.replace("/", "."), slot=slot,
         )  # fmt: skip
         if self.reached(run) < iterations:
             raise Stopped
@@ -228,24 +264,27 @@ def text(work: Work) -> None:
         source = work.folder / "text" / f"{name}.jsonl"
         work.dmc("prepare-data", "--input", source, "--output", work.folder / name, *tokenizer, log="text")
         about[name]["tokens"] = json.loads((work.folder / f"{name}.json").read_text())["tokens"]
+        with open(work.folder / f"{name}.bin", "rb") as file:
+            about[name]["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     (work.folder / "text.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def base(work: Work) -> None:
     rate = ["--lr", work.options.base_lr, "--min-lr", work.options.base_lr / 10, "--lr-decay-style", "cosine"]
-    work.train("base", work.size.base, [*rate, "--lr-warmup-iters", 50], None, 1, work.options.gpus, None)
+    work.train("base", work.size.base, [*rate, "--lr-warmup-iters", 50], None, 1, None)
 
 
 def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
     """Name, iterations and flags of the three runs of a method."""
-    lr, shares = work.options.lr, sum(STAGES.values())
-    for name, share in STAGES.items():
-        iterations = max(2, work.size.run * share // shares // method.divisor)
+    change = method.change
+    lr, shares = work.options.lr * change.lr, sum(change.stages.values())
+    for name, share in change.stages.items():
+        iterations = max(2, work.size.run * change.tokens * share // shares // method.divisor)
         last = name == "finetune"
         flags = ["--lr", lr, "--min-lr", lr / 20 if last else lr, "--lr-warmup-iters", min(50, iterations // 2)]
         flags += ["--lr-decay-style", "cosine"]
         if method.kind in ("dmc", "distilled"):
-            flags += ["--dmc-stage", name, "--dmc-cr", method.ratio]
+            flags += ["--dmc-stage", name, "--dmc-cr", method.ratio, *change.flags]
         if method.kind == "distilled":
             flags += ["--dmc-teacher", work.folder / "base", "--dmc-teacher-weight", work.options.teacher_weight]
         if method.kind == "gqa":
@@ -254,7 +293,7 @@ def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
         yield name, iterations, flags
 
 
-def run(work: Work, method: Method, gpu: int | None) -> None:
+def run(work: Work, method: Method, slot: int) -> None:
     """Train a method, export it and measure it."""
     if not (work.folder / "models" / method.name / "config.json").exists():
         begin = work.folder / "base"
@@ -266,16 +305,16 @@ def run(work: Work, method: Method, gpu: int | None) -> None:
                 work.dmc("convert", pooled, begin, "--overwrite", log=f"{method.name}.pool")
         for number, (stage, iterations, flags) in enumerate(stages(work, method)):
             name = f"runs/{method.name}/{stage}"
-            work.train(name, iterations, flags, begin, 10 * method.seed + number, 1, gpu)
+            work.train(name, iterations, flags, begin, 10 * method.seed + number, slot)
             begin = work.folder / name
-        export(work, begin, method.name)
+        export(work, begin, method.name, slot)
         for stage in list(STAGES)[:-1]:  # with their optimizers' states they would fill a disk
             shutil.rmtree(work.folder / "runs" / method.name / stage)
-    measured(work, [dict(name=method.name, model=method.name, press=None, budgets=None)], method.name, gpu)
+    measured(work, [dict(name=method.name, model=method.name, press=None, budgets=None)], method.name, slot)
 
 
-def export(work: Work, checkpoint: Path, name: str) -> None:
-    work.dmc("convert", checkpoint, work.folder / "models" / name, "--overwrite", log=f"{name}.export")
+def export(work: Work, checkpoint: Path, name: str, slot: int | None = None) -> None:
+    work.dmc("convert", checkpoint, work.folder / "models" / name, "--overwrite", log=f"{name}.export", slot=slot)
 
 
 def pool(source: Path, target: Path, ratio: int) -> None:
@@ -297,33 +336,36 @@ def pool(source: Path, target: Path, ratio: int) -> None:
 
 
 def runs(work: Work) -> None:
-    """As many methods at once as there are GPUs."""
+    """As many methods at once as there are slots."""
     if not (work.folder / "models/base/config.json").exists():
         export(work, work.folder / "base", "base")
     base_alone = [dict(name="base", model="base", press=None, budgets=None)]
-    tasks = [lambda gpu: measured(work, base_alone, "base", gpu)]
-    parallel(work, tasks + [lambda gpu, method=method: run(work, method, gpu) for method in METHODS])
+    tasks = [lambda slot: measured(work, base_alone, "base", slot)]
+    parallel(work, tasks + [lambda slot, method=method: run(work, method, slot) for method in METHODS])
+
+
+def ablations(work: Work) -> None:
+    parallel(work, [lambda slot, method=method: run(work, method, slot) for method in ABLATIONS])
 
 
 def parallel(work: Work, tasks: list) -> None:
-    """Run tasks, each with the number of a GPU of its own. One that fails is noted, and does not stop the others.
+    """Run tasks, each with a slot of its own. One that fails is noted, and does not stop the others.
 
     Raises:
         Stopped: where one was.
     """
-    gpus = work.options.gpus
-    free: SimpleQueue[int | None] = SimpleQueue()
-    for gpu in range(gpus):
-        free.put(gpu if gpus > 1 else None)
+    free: SimpleQueue[int] = SimpleQueue()
+    for slot in work.slots:
+        free.put(slot)
 
     def one(task) -> None:
-        gpu = free.get()
+        slot = free.get()
         try:
-            task(gpu)
+            task(slot)
         finally:
-            free.put(gpu)
+            free.put(slot)
 
-    with ThreadPoolExecutor(gpus) as threads:
+    with ThreadPoolExecutor(len(work.slots)) as threads:
         futures = [threads.submit(one, task) for task in tasks]
     errors = [error for future in futures if (error := future.exception()) is not None]
     for error in errors:
@@ -334,7 +376,7 @@ def parallel(work: Work, tasks: list) -> None:
         raise Stopped
 
 
-def measured(work: Work, jobs: list[dict], name: str, gpu: int | None, **environment: str) -> None:
+def measured(work: Work, jobs: list[dict], name: str, slot: int, **environment: str) -> None:
     """Have `quality_measure.py` work off the jobs that have no result yet."""
 
     def left() -> list[dict]:
@@ -350,7 +392,7 @@ def measured(work: Work, jobs: list[dict], name: str, gpu: int | None, **environ
     path.write_text(json.dumps(left()))
     work.call(
         sys.executable, MEASURE, "--work", work.folder, "--jobs", path, "--windows", work.size.windows,
-        "--contexts", work.size.contexts, "--minutes", work.left() - 1, *commit, log=f"{name}.measure", gpu=gpu,
+        "--contexts", work.size.contexts, "--minutes", work.left() - 1, *commit, log=f"{name}.measure", slot=slot,
         **environment,
     )  # fmt: skip
     if left():
@@ -376,8 +418,8 @@ def peers(work: Work) -> None:
     if work.options.peers_path is not None:
         path = [str(work.options.peers_path), work.environment["PYTHONPATH"]]
         extra["PYTHONPATH"] = os.pathsep.join(path)
-    shares = [jobs[i :: work.options.gpus] for i in range(work.options.gpus)]
-    parallel(work, [lambda gpu, n=n, share=share: measured(work, share, f"peers-{n}", gpu, **extra)
+    shares = [jobs[i :: len(work.slots)] for i in work.slots]
+    parallel(work, [lambda slot, n=n, share=share: measured(work, share, f"peers-{n}", slot, **extra)
                     for n, share in enumerate(shares) if share])  # fmt: skip
     if len(budgets) < len(RATIOS) or len(models) < 2:
         raise Stopped
@@ -386,17 +428,19 @@ def peers(work: Work) -> None:
 def reports(work: Work) -> None:
     """Into `reports/`, for the models at 4x."""
 
-    def one(name: str, gpu: int | None) -> None:
+    def one(name: str, slot: int) -> None:
         done = work.folder / "reports" / name
         if (done / "report.json").exists():
             return
         # Exported once it is at its end; a run that was stopped has a checkpoint as well.
         if not (work.folder / "models" / name / "config.json").exists() or work.left() < 1:
             raise Stopped
-        work.dmc("report", work.folder / "runs" / name / "finetune", "--data-path", work.folder / "held-out",
-                 "--max-tokens", 25 * work.size.sequence, "--output", done, log=f"{name}.report", gpu=gpu)  # fmt: skip
+        work.dmc(
+            "report", work.folder / "runs" / name / "finetune", "--data-path", work.folder / "held-out",
+            "--max-tokens", 25 * work.size.sequence, "--output", done, log=f"{name}.report", slot=slot,
+        )  # fmt: skip
 
-    parallel(work, [lambda gpu, name=name: one(name, gpu) for name in ("dmc-4x", "distilled-4x")])
+    parallel(work, [lambda slot, name=name: one(name, slot) for name in ("dmc-4x", "distilled-4x")])
 
 
 def collect(work: Work) -> dict:
@@ -438,12 +482,12 @@ def total_bytes(result: dict) -> float:
 
 
 def control_of(found: dict, name: str) -> dict | None:
-    seed = "-seed2" if name.endswith("-seed2") else ""
-    return found["results"].get("none-control" if found["results"][name]["press"] else f"control{seed}")
+    other = next((end for end in ("-seed2", "-twice-the-tokens") if name.endswith(end)), "")
+    return found["results"].get("none-control" if found["results"][name]["press"] else f"control{other}")
 
 
 def over(found: dict, name: str, loss: str) -> float | None:
-    """By how much a method's loss is above that of the control with the same seed, as a share of it.
+    """By how much a method's loss is above that of the control with the same seed and tokens, as a share of it.
 
     Methods of kvpress are compared with the control as they are run, in another version of transformers.
     """
@@ -499,6 +543,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=25, help="stop after so many; go on with the same line")
     parser.add_argument("--reserve", type=float, default=0, help="minutes of these that training leaves to the rest")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs: the base trains on all, each run on one")
+    parser.add_argument(
+        "--at-once", type=int, default=2, help="runs on a GPU: while one starts or is exported, others train (2)"
+    )
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=7e-4, help="of the runs from the base")

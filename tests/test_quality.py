@@ -166,13 +166,17 @@ def test_costs_are_compared_by_window_and_at_equal_ratios():
     from benchmarks.quality import cost_at, error_of, over
 
     found = results_of({"control": (1, 1.0, 3.0), "dmc-2x": (2.5, 1.01, 3.03), "dmc-4x": (3.6, 1.04, 3.12),
-                        "dmc-4x-seed2": (3.6, 1.0, 3.0), "gqa-2x": (2, 1.1, 3.0)})  # fmt: skip
+                        "dmc-4x-seed2": (3.6, 1.0, 3.0), "gqa-2x": (2, 1.1, 3.0), "dmc-4x-window-4": (3.6, 1.1, 3.3),
+                        "control-twice-the-tokens": (1, 0.5, 1.5),
+                        "dmc-4x-twice-the-tokens": (3.6, 0.51, 1.53)})  # fmt: skip
     assert over(found, "dmc-4x", "loss") == pytest.approx(0.04) and over(found, "dmc-4x-seed2", "loss") is None
     assert error_of(found, "dmc-4x", "loss") == pytest.approx(0, abs=1e-9)  # in every window alike
     assert error_of(found, "gqa-2x", "loss") > 0.02 and error_of(found, "dmc-4x-seed2", "loss") is None
     assert cost_at(found, "dmc", 2.5) == pytest.approx(0.01) and cost_at(found, "dmc", 3.0) == pytest.approx(0.025)
     assert 0 < cost_at(found, "dmc", 2) < 0.01 and cost_at(found, "dmc", 4) is None
     assert cost_at(found, "distilled", 2) is None
+    assert over(found, "dmc-4x-window-4", "loss") == pytest.approx(0.1)
+    assert over(found, "dmc-4x-twice-the-tokens", "loss") == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("missing", [(), ("control",), ("control-seed2",), ("none-control",), ("dmc-4x",)])
@@ -196,7 +200,7 @@ def test_parts_that_lack_something_are_not_done(tmp_path):
     from benchmarks import quality
 
     options = Namespace(work=tmp_path, size="tiny", minutes=5, gpus=1, commit=None, peers_path=None, base_lr=1, lr=1,
-                        teacher_weight=1, reserve=0)  # fmt: skip
+                        teacher_weight=1, reserve=0, at_once=2)  # fmt: skip
     work = quality.Work(options)
     called = []
     work.call = lambda *command, **named: called.append(command)
@@ -216,8 +220,9 @@ def test_parts_that_lack_something_are_not_done(tmp_path):
         (tmp_path / "models" / name / "config.json").write_text("{}")
     quality.reports(work)
     assert [command[3] for command in called] == ["report", "report"]
-    for method in quality.METHODS:
+    for method in (*quality.METHODS, *quality.ABLATIONS):
         assert [n > 1 for _, n, _ in quality.stages(work, method)] == 3 * [True]
+    assert len({method.name for method in (*quality.METHODS, *quality.ABLATIONS)}) == 14 + 8
 
 
 def test_a_stopped_benchmark_goes_on(tmp_path, monkeypatch, capsys):
