@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--throughput", default=RESULTS / "throughput-h100.json")
     parser.add_argument("--serving", default=RESULTS / "serving-h100.json")
-    parser.add_argument("--quality", default=RESULTS / "quality-h100.json", help="left out where it does not exist")
+    parser.add_argument("--quality", default=RESULTS / "quality.json", help="left out where it does not exist")
     parser.add_argument("--folder", type=Path, default=ROOT / "docs", help="where the pictures go (default: docs)")
     args = parser.parse_args()
     throughput, serving = (json.loads(Path(path).read_text()) for path in (args.throughput, args.serving))
@@ -39,7 +39,7 @@ def draw_quality(found: dict, path: Path) -> None:
 
     results = found["results"]
     kinds: dict[str, list[str]] = {}  # methods, and the names of their results
-    for name in sorted(results, key=lambda name: results[name]["ratio"]):
+    for name in sorted(results, key=lambda name: results[name].get("ratio", 0)):  # none where the base is not measured
         kind, _, ratio = name.rpartition("-")
         if ratio.endswith("x") and not kind.endswith("-base") and over(found, name, "continuation_loss") is not None:
             kinds.setdefault(kind.removesuffix("-control"), []).append(name)

@@ -1,8 +1,9 @@
 """What does compression cost? A model trained from nothing, retrofitted, and compared at the same size of the cache.
 
-    python benchmarks/quality.py [--gpus 2] [--at-once 2] [--minutes 25] [--out benchmarks/results/quality.json]
+    pip install --target peers kvpress==0.5.5 transformers==5.2.0
+    python benchmarks/quality.py --peers-path peers [--gpus 2] [--at-once 2] [--minutes 25]
 
-The same line goes on where it was stopped. What is measured by then is in the results.
+The same line goes on where it was stopped. What is measured by then is in `benchmarks/results/quality.json`.
 
 Parts, in this order:
 - `text`: source code and documentation of the installed packages (`quality_text.py`), and a tokenizer trained on it.
@@ -16,12 +17,17 @@ Parts, in this order:
 - `peers`: methods without training, on the control and on the base, by kvpress, in as many bytes as DMC's caches take
   on the same text: of held-out contexts, and of the recall test's.
 - `reports`: what the models at 4x have learned, by `megatron-dmc report`.
-- `ablations`: DMC at 4x with one thing changed each (`CHANGES`); twice the tokens against a control with as many.
+- `ablations`: DMC at 4x with one thing changed each (`CHANGES`); other tokens and learning rates against a control that
+  has them, too. They reach ratios of their own, which the results say.
 
 `ratio` in the results is the base's cache in bytes over a method's, with all that it keeps: for DMC also what it holds
-of open segments, in float32, which counts in contexts as short as these. `cost_at` is what each trained method costs at
-exactly 2x, 4x and 8x of that, between its own points. Texts like the recall test's are 2% of the training text, of the
-base and all runs alike; DMC learns from them which tokens are asked for, and methods without training cannot.
+of open segments, which counts in contexts as short as these. `cost_at` is what each trained method costs at exactly 2x,
+4x and 8x of that, between its own points, where they reach as far. Every run is compared with the control of its seed,
+`distilled` as well, which has seen the base's logits beside the text; `distilled-4x-1of4` with one of four times its
+tokens. Errors are over windows, not over seeds. Presses keep equally many entries in all heads; budgets by head
+(`AdaKVPress`) are left out, as kvpress masks what they evict and keeps it. Texts like the recall test's are 2% of the
+training text, of the base and all runs alike; DMC learns from them which tokens are asked for, and methods without
+training cannot.
 
 Training is `megatron-dmc train`, models travel by `megatron-dmc convert`. `--size tiny` tries all of it on a CPU.
 """
@@ -33,14 +39,17 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import numpy as np
 
@@ -147,8 +156,11 @@ METHODS = (
     Method("distilled", 4, divisor=4), Method("distilled", 2), Method("distilled", 8), Method("distilled", 4, seed=2),
 )  # fmt: skip
 """In the order in which they begin."""
+REPORTED = ("dmc-4x", "distilled-4x")
+CONTROLLED = ("twice-the-tokens", "twice-the-lr", "half-the-lr")
+"""Changes that a control can have, too."""
 ABLATIONS = (
-    Method("control", 1, changed="twice-the-tokens"), *(Method("dmc", 4, changed=name) for name in CHANGES)
+    *(Method("control", 1, changed=name) for name in CONTROLLED), *(Method("dmc", 4, changed=name) for name in CHANGES)
 )  # fmt: skip
 
 
@@ -164,6 +176,8 @@ class Work:
         self.end = time.monotonic() + 60 * options.minutes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.failures: list[str] = []
+        self.publishing = Lock()
+        self.children: set[subprocess.Popen] = set()
         self._keep_settings()
         # Every run is a launch of its own, whatever launched this.
         launch = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_")
@@ -177,8 +191,11 @@ class Work:
 
     def _keep_settings(self) -> None:
         """What a folder was begun with, it goes on with: its results stand for these."""
-        names = ("size", "base_lr", "lr", "teacher_weight", "commit")
+        from benchmarks.common import circumstances
+
+        names = ("size", "base_lr", "lr", "teacher_weight")
         path, given = self.folder / "settings.json", {name: getattr(self.options, name) for name in names}
+        given["commit"] = circumstances(self.options.commit)["commit"]
         if not path.exists():
             path.write_text(json.dumps(given) + "\n")
         elif (begun := json.loads(path.read_text())) != given:
@@ -198,12 +215,15 @@ class Work:
         with open(path, "a") as file:
             file.write(f"$ {' '.join(map(str, command))}\n")
             file.flush()
-            done = subprocess.run(
+            with subprocess.Popen(
                 list(map(str, command)), cwd=ROOT, env=self.environment | environment, stdout=file,
                 stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"{log}: exit code {done.returncode}\n{path.read_text()[-3000:]}")
+            ) as child:  # fmt: skip
+                self.children.add(child)
+                code = child.wait()
+                self.children.discard(child)
+        if code:
+            raise RuntimeError(f"{log}: exit code {code}\n{path.read_text()[-3000:]}")
 
     def dmc(self, *arguments, log: str, slot: int | None = None) -> None:
         self.call(sys.executable, "-m", "megatron_dmc", *arguments, log=log, slot=slot)
@@ -308,8 +328,9 @@ def run(work: Work, method: Method, slot: int) -> None:
             work.train(name, iterations, flags, begin, 10 * method.seed + number, slot)
             begin = work.folder / name
         export(work, begin, method.name, slot)
-        for stage in list(STAGES)[:-1]:  # with their optimizers' states they would fill a disk
-            shutil.rmtree(work.folder / "runs" / method.name / stage)
+    for stage in STAGES:  # with their optimizers' states they would fill a disk
+        if stage != "finetune" or method.name not in REPORTED:
+            shutil.rmtree(work.folder / "runs" / method.name / stage, ignore_errors=True)
     measured(work, [dict(name=method.name, model=method.name, press=None, budgets=None)], method.name, slot)
 
 
@@ -390,11 +411,14 @@ def measured(work: Work, jobs: list[dict], name: str, slot: int, **environment: 
     path = work.folder / "jobs" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(left()))
-    work.call(
-        sys.executable, MEASURE, "--work", work.folder, "--jobs", path, "--windows", work.size.windows,
-        "--contexts", work.size.contexts, "--minutes", work.left() - 1, *commit, log=f"{name}.measure", slot=slot,
-        **environment,
-    )  # fmt: skip
+    try:
+        work.call(
+            sys.executable, MEASURE, "--work", work.folder, "--jobs", path, "--windows", work.size.windows,
+            "--contexts", work.size.contexts, "--minutes", work.left() - 1, *commit, log=f"{name}.measure", slot=slot,
+            **environment,
+        )  # fmt: skip
+    finally:
+        publish(work)
     if left():
         raise Stopped
 
@@ -418,9 +442,9 @@ def peers(work: Work) -> None:
     if work.options.peers_path is not None:
         path = [str(work.options.peers_path), work.environment["PYTHONPATH"]]
         extra["PYTHONPATH"] = os.pathsep.join(path)
-    shares = [jobs[i :: len(work.slots)] for i in work.slots]
+    shares = [jobs[i : i + 6] for i in range(0, len(jobs), 6)]
     parallel(work, [lambda slot, n=n, share=share: measured(work, share, f"peers-{n}", slot, **extra)
-                    for n, share in enumerate(shares) if share])  # fmt: skip
+                    for n, share in enumerate(shares)])  # fmt: skip
     if len(budgets) < len(RATIOS) or len(models) < 2:
         raise Stopped
 
@@ -440,11 +464,13 @@ def reports(work: Work) -> None:
             "--max-tokens", 25 * work.size.sequence, "--output", done, log=f"{name}.report", slot=slot,
         )  # fmt: skip
 
-    parallel(work, [lambda slot, name=name: one(name, slot) for name in ("dmc-4x", "distilled-4x")])
+    parallel(work, [lambda slot, name=name: one(name, slot) for name in REPORTED])
 
 
 def collect(work: Work) -> dict:
     """The results of all parts, and how the runs went."""
+    from importlib.metadata import distributions
+
     from benchmarks.common import circumstances
 
     size = work.size
@@ -460,6 +486,13 @@ def collect(work: Work) -> dict:
         base_lr=work.options.base_lr,
         lr=work.options.lr,
         teacher_weight=work.options.teacher_weight,
+        peers={
+            found.name: found.version
+            for found in distributions(path=[str(work.options.peers_path)])
+            if found.name in ("kvpress", "transformers", "torch")
+        }
+        if work.options.peers_path
+        else {},
         text=json.loads((work.folder / "text.json").read_text()),
         results={path.stem: json.loads(path.read_text()) for path in sorted(work.folder.glob("results/*.json"))},
     )
@@ -476,20 +509,35 @@ def collect(work: Work) -> dict:
     return found
 
 
+def publish(work: Work) -> dict | None:
+    """Write what is measured by now to `--out`."""
+    from benchmarks.common import save
+
+    if not any(work.folder.glob("results/*.json")):
+        return None
+    with work.publishing:
+        found = collect(work)
+        save(found, work.options.out)
+    return found
+
+
 def total_bytes(result: dict) -> float:
     """Of the caches of all contexts."""
     return sum(result["cache_bytes_by_context"].values())
 
 
 def control_of(found: dict, name: str) -> dict | None:
-    other = next((end for end in ("-seed2", "-twice-the-tokens") if name.endswith(end)), "")
-    return found["results"].get("none-control" if found["results"][name]["press"] else f"control{other}")
+    result = found["results"][name]
+    if result["press"]:
+        return found["results"].get(f"none-{result['model']}")
+    other = next((end for end in ("seed2", *CONTROLLED) if name.endswith(f"-{end}")), None)
+    return found["results"].get(f"control-{other}" if other else "control")
 
 
 def over(found: dict, name: str, loss: str) -> float | None:
-    """By how much a method's loss is above that of the control with the same seed and tokens, as a share of it.
+    """By how much a method's loss is above its control's (`control_of`), as a share of it.
 
-    Methods of kvpress are compared with the control as they are run, in another version of transformers.
+    A method of kvpress is compared with the model that it compresses, as it is run: in another version of transformers.
     """
     result, control = found["results"][name], control_of(found, name)
     if control is None or loss not in result or loss not in control:
@@ -536,6 +584,13 @@ def table(found: dict) -> str:
     return markdown(rows, ["method", "compression", "tokens per entry", "MiB", "windows", "continuations", "recall"])
 
 
+def end(work: Work) -> None:
+    """With what this has started: a training that went on would write where the next one does."""
+    for child in list(work.children):
+        child.terminate()
+    os._exit(143)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="only these (default: all, in order)")
@@ -555,16 +610,25 @@ def main() -> int:
         type=Path,
         help="where `pip install --target PATH kvpress==0.5.5 transformers==5.2.0` put them",
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
+    parser.add_argument("--out", type=Path, help="(default: benchmarks/results/quality.json; tiny: in the folder)")
     parser.add_argument("--commit", help="to note where the checkout has no history")
     options = parser.parse_args()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and len(visible.split(",")) < options.gpus:
         parser.error(f"--gpus {options.gpus}: CUDA_VISIBLE_DEVICES shows {visible!r}")
+    size = SIZES[options.size]
+    if size.batch % (options.gpus * min(size.micro, max(1, size.batch // options.gpus))):
+        parser.error(f"--gpus {options.gpus}: the base's batch of {size.batch} sequences does not divide among them")
+    parts = options.parts or PARTS
+    if "peers" in parts and options.peers_path is None and find_spec("kvpress") is None:
+        parser.error("the part peers needs kvpress: install it as --help says for --peers-path, or name other parts")
     options.work = (options.work or Path(f"runs/quality-{options.size}")).resolve()
+    tiny = options.size == "tiny"
+    options.out = options.out or (options.work if tiny else ROOT / "benchmarks" / "results") / "quality.json"
     work = Work(options)
+    signal.signal(signal.SIGTERM, lambda *_: end(work))
     stopped = False
-    for part in options.parts or PARTS:
+    for part in parts:
         mark = work.folder / f"{part}.done"
         if mark.exists():
             continue
@@ -577,11 +641,7 @@ def main() -> int:
             if part in ("text", "base"):  # nothing else can be without
                 break
     print(f"[{work.left():5.1f} min left]{' stopped; the same line goes on' * stopped}", flush=True)
-    if (work.folder / "results").is_dir():
-        from benchmarks.common import save
-
-        found = collect(work)
-        save(found, options.out)
+    if (found := publish(work)) is not None:
         print(table(found), found.get("cost_at"), sep="\n")
     return 1 if work.failures else 75 if stopped else 0
 

@@ -95,7 +95,7 @@ class Reader:
 def size_of(cache: Any) -> tuple[float, int]:
     """Entries of a KV head, averaged over all sequences and heads, and the bytes that the cache needs.
 
-    For DMC that is the entries, and what merging the next token may need of the last ones (float32, whatever the
+    For DMC that is the entries, and what merging the next token may need of the last ones (as many tokens whatever the
     length); not the padding behind shorter heads' entries, which a paged cache does without.
     """
     if hasattr(cache, "entry_bytes"):

@@ -1,13 +1,20 @@
 """What `benchmarks/quality.py` measures and prepares, on small models."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import ROOT, environment
 
 from benchmarks import quality_measure
 from benchmarks.quality import pool
@@ -158,7 +165,8 @@ def results_of(names):
         by_window = dict(continuation_loss_by_window=[first, second], loss_by_window=[first, second])
         mean = (first + second) / 2
         found[name] = dict(ratio=ratio, continuation_loss=mean, loss=mean, recall=0.5, loss_by_position={"8": mean},
-                           press="Knorm" if name.startswith(("Knorm", "none")) else None, **by_window)  # fmt: skip
+                           press="Knorm" if name.startswith(("Knorm", "none")) else None,
+                           model="base" if "base" in name else "control", **by_window)  # fmt: skip
     return dict(results=found)
 
 
@@ -168,7 +176,9 @@ def test_costs_are_compared_by_window_and_at_equal_ratios():
     found = results_of({"control": (1, 1.0, 3.0), "dmc-2x": (2.5, 1.01, 3.03), "dmc-4x": (3.6, 1.04, 3.12),
                         "dmc-4x-seed2": (3.6, 1.0, 3.0), "gqa-2x": (2, 1.1, 3.0), "dmc-4x-window-4": (3.6, 1.1, 3.3),
                         "control-twice-the-tokens": (1, 0.5, 1.5),
-                        "dmc-4x-twice-the-tokens": (3.6, 0.51, 1.53)})  # fmt: skip
+                        "dmc-4x-twice-the-tokens": (3.6, 0.51, 1.53), "dmc-4x-half-the-lr": (3.6, 1.0, 3.0),
+                        "none-base": (1, 1.2, 3.6), "none-control": (1, 1.0, 3.0),
+                        "Knorm-base-2x": (2, 1.2 * 1.2, 3.6 * 1.2)})  # fmt: skip
     assert over(found, "dmc-4x", "loss") == pytest.approx(0.04) and over(found, "dmc-4x-seed2", "loss") is None
     assert error_of(found, "dmc-4x", "loss") == pytest.approx(0, abs=1e-9)  # in every window alike
     assert error_of(found, "gqa-2x", "loss") > 0.02 and error_of(found, "dmc-4x-seed2", "loss") is None
@@ -177,6 +187,8 @@ def test_costs_are_compared_by_window_and_at_equal_ratios():
     assert cost_at(found, "distilled", 2) is None
     assert over(found, "dmc-4x-window-4", "loss") == pytest.approx(0.1)
     assert over(found, "dmc-4x-twice-the-tokens", "loss") == pytest.approx(0.02)
+    assert over(found, "dmc-4x-half-the-lr", "loss") is None  # there is no control with that rate
+    assert over(found, "Knorm-base-2x", "loss") == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("missing", [(), ("control",), ("control-seed2",), ("none-control",), ("dmc-4x",)])
@@ -222,7 +234,106 @@ def test_parts_that_lack_something_are_not_done(tmp_path):
     assert [command[3] for command in called] == ["report", "report"]
     for method in (*quality.METHODS, *quality.ABLATIONS):
         assert [n > 1 for _, n, _ in quality.stages(work, method)] == 3 * [True]
-    assert len({method.name for method in (*quality.METHODS, *quality.ABLATIONS)}) == 14 + 8
+    assert len({method.name for method in (*quality.METHODS, *quality.ABLATIONS)}) == 14 + 10
+
+
+def test_results_are_written_as_they_come(tmp_path):
+    from argparse import Namespace
+
+    from benchmarks import quality
+
+    options = Namespace(work=tmp_path, size="tiny", minutes=5, gpus=1, commit=None, base_lr=1, lr=1, teacher_weight=1,
+                        reserve=0, at_once=2, out=tmp_path / "out.json", peers_path=None)  # fmt: skip
+    work = quality.Work(options)
+    (tmp_path / "text.json").write_text("{}")
+    (tmp_path / "results").mkdir()
+    asked = []
+
+    def call(*command, slot, **named):
+        asked.append((slot, work.left()))
+        (job,) = json.loads((tmp_path / "jobs" / "jobs.json").read_text())
+        result = job | dict(parameters=7, cache_bytes_by_context={"8": 64})
+        (tmp_path / "results" / f"{job['name']}.json").write_text(json.dumps(result))
+
+    work.call = call
+    for name in ("base", "control"):
+        quality.measured(work, [dict(name=name)], "jobs", 1)
+        found = json.loads(options.out.read_text())
+        assert name in found["results"] and found["parameters"] == 7
+    assert set(found["results"]) == {"base", "control"} and found["results"]["control"]["ratio"] == 1
+    quality.measured(work, [dict(name="base")], "jobs", 1)  # is there
+    assert [slot for slot, _ in asked] == [1, 1]
+
+
+def test_what_is_called_runs_on_the_gpu_of_its_slot(tmp_path, monkeypatch):
+    from argparse import Namespace
+
+    from benchmarks import quality
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    options = Namespace(work=tmp_path, size="tiny", minutes=5, gpus=2, commit=None, base_lr=1, lr=1, teacher_weight=1,
+                        reserve=0, at_once=2, peers_path=None)  # fmt: skip
+    work = quality.Work(options)
+    show = "import os; print('on', os.environ['CUDA_VISIBLE_DEVICES'])"
+    barrier = threading.Barrier(4)
+
+    def task(slot):
+        barrier.wait(60)  # all slots at once
+        work.call(sys.executable, "-c", show, log=f"slot-{slot}", slot=slot)
+
+    quality.parallel(work, [task] * 4)
+    assert not work.failures and not work.children
+    found = [(tmp_path / "logs" / f"slot-{slot}.log").read_text() for slot in range(4)]
+    assert ["on 4" in text for text in found] == [True, False, True, False]
+    assert ["on 7" in text for text in found] == [False, True, False, True]
+
+
+def test_nothing_goes_on_after_its_end(tmp_path):
+    """What it has started would write into the folder of the next."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import signal, sys
+from argparse import Namespace
+from pathlib import Path
+from benchmarks import quality
+options = Namespace(work=Path({str(tmp_path)!r}), size="tiny", minutes=5, gpus=1, commit=None, base_lr=1, lr=1,
+                    teacher_weight=1, reserve=0, at_once=1, peers_path=None)
+work = quality.Work(options)
+signal.signal(signal.SIGTERM, lambda *_: quality.end(work))
+sleep = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
+quality.parallel(work, [lambda slot: work.call(sys.executable, "-c", sleep, log="sleep", slot=slot)])
+""")
+    with subprocess.Popen([sys.executable, str(script)], env=environment(), cwd=ROOT) as run:
+        log, pid = tmp_path / "logs" / "sleep.log", None
+        for _ in range(600):
+            if log.exists() and (found := re.search(r"^pid (\d+)", log.read_text(), re.MULTILINE)):
+                pid = int(found[1])
+                break
+            time.sleep(0.1)
+        run.terminate()
+        assert run.wait(60) == 143 and pid is not None
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(pid, 9)
+        pytest.fail("it went on")
+
+
+def test_parts_that_cannot_run_are_refused_before_any(tmp_path, monkeypatch, capsys):
+    from benchmarks import quality
+
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    for flags, message in (
+        ([], "the part peers needs kvpress"),
+        (["text", "--gpus", "3"], "--gpus 3: the base's batch of 8 sequences does not divide among them"),
+    ):
+        monkeypatch.setattr("sys.argv", ["quality.py", "--work", str(tmp_path / "work"), "--size", "tiny", *flags])
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        with pytest.raises(SystemExit):
+            quality.main()
+        assert message in capsys.readouterr().err and not (tmp_path / "work").exists()
 
 
 def test_a_stopped_benchmark_goes_on(tmp_path, monkeypatch, capsys):
@@ -252,7 +363,8 @@ def test_a_stopped_benchmark_goes_on(tmp_path, monkeypatch, capsys):
 
     def start(*flags):
         out = tmp_path / "out.json"
-        words = ["quality.py", "--work", str(tmp_path), "--size", "tiny", "--out", str(out), *flags]
+        words = ["quality.py", "--work", str(tmp_path), "--size", "tiny", "--out", str(out), "--peers-path", "peers",
+                 *flags]  # fmt: skip
         monkeypatch.setattr("sys.argv", words)
         return quality.main(), json.loads(out.read_text())
 

@@ -40,9 +40,9 @@ class DMCCacheLayer(CacheLayerMixin):
         lengths: `[b, g]` int64, entries of each head; the last of them is open, a next token may merge into it.
         tokens: columns of `input_ids` that went in, padding included.
         seen: `[b]` int64, tokens of each sequence, without padding.
-        tail: what a merge of the next token may still need, in float32 (or float64): keys and values `[b, g, w, d]`,
-            weights and decisions `[b, g, w]` of the last `w = window - 1` tokens; without a window the one running
-            weighted mean of the open entry.
+        tail: what a merge of the next token may still need: of the last `w = window - 1` tokens, keys and values
+            `[b, g, w, d]` in its dtype, weights (float32 or float64) and decisions (bool) `[b, g, w]`; without a
+            window the one running weighted mean of the open entry, in float32 or float64.
     """
 
     is_sliding = False
@@ -220,17 +220,17 @@ def dmc_attention(
     weight = query[..., -1].to(wide).unflatten(1, (key.shape[1], -1)).mean(2)
     weight = torch.sigmoid(weight + offset) + 2**-7
 
-    run = (key.to(wide), value.to(wide), weight, merges.to(wide))
+    run = (key, value, weight, merges)
     if layer.tail is not None:
         run = tuple(torch.cat(pair, 2) for pair in zip(layer.tail, run, strict=True))
-    merged = _merge(*run, window)
+    merged = _merge(*(x.to(wide) for x in run), window)
     if keep:
         with torch.no_grad():
             if window:
                 layer.tail = tuple(x[:, :, max(0, x.shape[2] - (window - 1)) :].clone() for x in run)
             else:
                 mean_key, mean_value, total = (x[:, :, -1:].clone() for x in merged)
-                layer.tail = (mean_key, mean_value, total, torch.zeros_like(total))
+                layer.tail = (mean_key, mean_value, total, torch.zeros_like(total, dtype=torch.bool))
     merged_key, merged_value = (x[:, :, -tokens:] for x in merged[:2])
 
     # As the cache will hold them, so that it makes no difference whether it already does.
