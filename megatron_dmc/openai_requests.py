@@ -80,9 +80,15 @@ class _Fields:
         if not isinstance(body, dict):
             raise Refusal(f"the request must be a JSON object; got {_kind(body)}")
         self._body = body
+        self._taken: set[str] = set()
 
     def raw(self, name: str) -> Any:
+        self._taken.add(name)
         return self._body.get(name)
+
+    def unknown(self) -> list[str]:
+        """Fields that nobody has taken."""
+        return [name for name, value in self._body.items() if value is not None and name not in self._taken]
 
     def integer(self, name: str, default: Any, low: int, high: int) -> Any:
         value = self.raw(name)
@@ -124,7 +130,9 @@ UNSUPPORTED = {
     "best_of": "ask for several answers with n",
     "suffix": "the model continues text, it does not fill in",
     "tools": "tool calls are not parsed",
+    "tool_choice": "tool calls are not parsed",
     "functions": "function calls are not parsed",
+    "function_call": "function calls are not parsed",
     "response_format": "answers are free text",
 }
 """Fields of OpenAI's that would change the answer and cannot be followed, and why."""
@@ -136,10 +144,18 @@ _NEUTRAL = {
     "best_of": (1,),
     "suffix": ("",),
     "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "functions": ([],),
+    "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
 }
 """Values that change nothing."""
+
+_INERT = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls",
+}  # fmt: skip
+"""Fields of OpenAI's that an answer does not depend on."""
 
 
 @dataclass
@@ -191,6 +207,12 @@ def read_job(body: Any, backend: Backend, options: ServerOptions, *, chat: bool)
         sampling["termination_id"] = NEVER
     stop = _stop(fields)
     prompts = [_chat_prompt(fields, backend)] if chat else _prompts(fields, backend)
+    limits = [_new_tokens(fields, len(prompt), backend, options, chat) for prompt in prompts]
+    if unknown := sorted(set(fields.unknown()) - _INERT):
+        raise Refusal(
+            f"there is no field {unknown[0][:80]!r} that this server could follow; leave it out", unknown[0][:80],
+            code="unknown_parameter",
+        )  # fmt: skip
     if len(prompts) * n > options.max_concurrent:
         raise Refusal(
             f"{len(prompts)} prompts of {n} answers each are more than the {options.max_concurrent} that the server "
@@ -200,12 +222,12 @@ def read_job(body: Any, backend: Backend, options: ServerOptions, *, chat: bool)
     params = [
         SamplingParams(
             **sampling,
-            num_tokens_to_generate=_new_tokens(fields, len(prompt), backend, options, chat),
+            num_tokens_to_generate=limit,
             return_log_probs=log_probs,
             skip_prompt_log_probs=log_probs,
             top_n_logprobs=likely,
         )
-        for prompt in prompts
+        for limit in limits
     ]
     return Job(
         prompts=prompts,
@@ -336,5 +358,5 @@ def _new_tokens(fields: _Fields, prompt: int, backend: Backend, options: ServerO
         )
     left = backend.max_sequence_length - prompt
     most = min(options.max_new_tokens or left, left)
-    name = "max_completion_tokens" if chat and fields.raw("max_completion_tokens") is not None else "max_tokens"
-    return fields.integer(name, most if chat else min(COMPLETION_TOKENS, most), 1, most)
+    limit = fields.integer("max_tokens", most if chat else min(COMPLETION_TOKENS, most), 1, most)
+    return fields.integer("max_completion_tokens", limit, 1, most) if chat else limit

@@ -223,7 +223,10 @@ def test_chat_with_openais_client():
 
     def client(address, orders):
         create = said(address).chat.completions.create
-        one = create(model="tiny", messages=messages, logprobs=True, top_logprobs=2, max_completion_tokens=3)
+        inert = dict(
+            user="me", metadata={"a": "b"}, store=False, tool_choice="none", parallel_tool_calls=True, stop=None
+        )
+        one = create(model="tiny", messages=messages, logprobs=True, top_logprobs=2, max_completion_tokens=3, **inert)
         return one, list(create(model="tiny", messages=messages, stream=True, n=2))
 
     ((one, pieces), _) = serving(client, backend)
@@ -318,6 +321,10 @@ BAD = [
     ({"seed": 0}, "seed is not supported: the engine is seeded once", "seed"),
     ({"presence_penalty": 0.5}, "presence_penalty is not supported", "presence_penalty"),
     ({"model": 4}, "model must be a string", "model"),
+    ({"tool_choice": "required"}, "tool_choice is not supported", "tool_choice"),
+    ({"tempreature": 0}, "there is no field 'tempreature' that this server could follow", "tempreature"),
+    ({"min_p": 0.1, "user": "me"}, "there is no field 'min_p'", "min_p"),
+    ({"messages": []}, "there is no field 'messages'", "messages"),
 ]
 BAD_CHAT = [
     ({}, "needs messages", "messages"),
