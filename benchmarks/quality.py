@@ -585,7 +585,7 @@ def table(found: dict) -> str:
 
 
 def end(work: Work) -> None:
-    """With what this has started: a training that went on would write where the next one does."""
+    """End this process and what it has started: a training that went on would write where the next one does."""
     for child in list(work.children):
         child.terminate()
     os._exit(143)

@@ -158,6 +158,13 @@ def test_a_job_that_fails_leaves_the_others_measured(folder, tmp_path, monkeypat
     assert sorted(path.stem for path in (tmp_path / "results").iterdir()) == ["first", "third"]
 
 
+def options_of(work, **changes):
+    """Of the command line of `benchmarks/quality.py`."""
+    options = dict(work=work, size="tiny", minutes=5, gpus=1, at_once=2, commit=None, base_lr=1, lr=1, teacher_weight=1,
+                   reserve=0, peers_path=None, out=work / "out.json")  # fmt: skip
+    return SimpleNamespace(**options | changes)
+
+
 def results_of(names):
     """Of methods by name: a made-up ratio, and a loss for each of two windows."""
     found = {}
@@ -207,13 +214,9 @@ def test_a_picture_is_drawn_of_what_there_is(tmp_path, missing):
 
 def test_parts_that_lack_something_are_not_done(tmp_path):
     """Reports wait for runs at their end, and peers for the models that they run on; runs have iterations to train."""
-    from argparse import Namespace
-
     from benchmarks import quality
 
-    options = Namespace(work=tmp_path, size="tiny", minutes=5, gpus=1, commit=None, peers_path=None, base_lr=1, lr=1,
-                        teacher_weight=1, reserve=0, at_once=2)  # fmt: skip
-    work = quality.Work(options)
+    work = quality.Work(options_of(tmp_path))
     called = []
     work.call = lambda *command, **named: called.append(command)
     (tmp_path / "results").mkdir()
@@ -238,13 +241,9 @@ def test_parts_that_lack_something_are_not_done(tmp_path):
 
 
 def test_results_are_written_as_they_come(tmp_path):
-    from argparse import Namespace
-
     from benchmarks import quality
 
-    options = Namespace(work=tmp_path, size="tiny", minutes=5, gpus=1, commit=None, base_lr=1, lr=1, teacher_weight=1,
-                        reserve=0, at_once=2, out=tmp_path / "out.json", peers_path=None)  # fmt: skip
-    work = quality.Work(options)
+    work = quality.Work(options_of(tmp_path))
     (tmp_path / "text.json").write_text("{}")
     (tmp_path / "results").mkdir()
     asked = []
@@ -258,7 +257,7 @@ def test_results_are_written_as_they_come(tmp_path):
     work.call = call
     for name in ("base", "control"):
         quality.measured(work, [dict(name=name)], "jobs", 1)
-        found = json.loads(options.out.read_text())
+        found = json.loads(work.options.out.read_text())
         assert name in found["results"] and found["parameters"] == 7
     assert set(found["results"]) == {"base", "control"} and found["results"]["control"]["ratio"] == 1
     quality.measured(work, [dict(name="base")], "jobs", 1)  # is there
@@ -266,14 +265,10 @@ def test_results_are_written_as_they_come(tmp_path):
 
 
 def test_what_is_called_runs_on_the_gpu_of_its_slot(tmp_path, monkeypatch):
-    from argparse import Namespace
-
     from benchmarks import quality
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    options = Namespace(work=tmp_path, size="tiny", minutes=5, gpus=2, commit=None, base_lr=1, lr=1, teacher_weight=1,
-                        reserve=0, at_once=2, peers_path=None)  # fmt: skip
-    work = quality.Work(options)
+    work = quality.Work(options_of(tmp_path, gpus=2))
     show = "import os; print('on', os.environ['CUDA_VISIBLE_DEVICES'])"
     barrier = threading.Barrier(4)
 

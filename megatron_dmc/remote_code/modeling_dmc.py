@@ -40,9 +40,10 @@ class DMCCacheLayer(CacheLayerMixin):
         lengths: `[b, g]` int64, entries of each head; the last of them is open, a next token may merge into it.
         tokens: columns of `input_ids` that went in, padding included.
         seen: `[b]` int64, tokens of each sequence, without padding.
-        tail: what a merge of the next token may still need: of the last `w = window - 1` tokens, keys and values
-            `[b, g, w, d]` in its dtype, weights (float32 or float64) and decisions (bool) `[b, g, w]`; without a
-            window the one running weighted mean of the open entry, in float32 or float64.
+        tail: what a merge of the next token may still need. With a window, of the last `w = window - 1` tokens: keys
+            and values `[b, g, w, d]` in the model's dtype, weights `[b, g, w]` in float32 (float64 in a model of
+            float64), decisions `[b, g, w]` (bool). Without, the one running weighted mean of the open entry, like
+            the weights in float32 or float64.
     """
 
     is_sliding = False
