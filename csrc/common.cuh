@@ -178,21 +178,21 @@ struct LanePairs {
     }
   }
 
-  // One byte a channel, as `convert` makes it.
-  template <class F>
-  __device__ void write_bytes(uint8_t* row, const PairValues& v, F convert) const {
+  // One byte a channel, as `convert` makes it; `to(channel)` is where it lies, four of them side by side.
+  template <class To, class F>
+  __device__ void write_bytes(To to, const PairValues& v, F convert) const {
     const PairPack<float> x = pack<float>(v);
     if constexpr (kPairing != Pairing::kAny) {
       uint32_t words[2] = {};
 #pragma unroll
       for (int i = 0; i < 8; ++i) words[i / 4] |= uint32_t(convert(x[i])) << 8 * (i % 4);
-      *reinterpret_cast<uint32_t*>(row + low) = words[0];
-      *reinterpret_cast<uint32_t*>(row + high) = words[1];
+      *reinterpret_cast<uint32_t*>(to(low)) = words[0];
+      *reinterpret_cast<uint32_t*>(to(high)) = words[1];
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        row[first(pair + i)] = convert(x.low[i]);
-        row[second(pair + i)] = convert(x.high[i]);
+        *to(first(pair + i)) = convert(x.low[i]);
+        *to(second(pair + i)) = convert(x.high[i]);
       }
     }
   }

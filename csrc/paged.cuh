@@ -7,8 +7,8 @@
 
 namespace dmc {
 
-// Entries are stored in 16 bits, a row's pieces permuted as Rows has them: whole rows are copied, and arrive ready for
-// tiles to be read. Or in 8 bits (e4m3), in order, with a float32 scale for every key and every value.
+// Entries are stored in 16 bits or in 8 (e4m3), then with a float32 scale for every key and every value. A row's pieces are
+// permuted as Rows has them: whole rows are copied, and arrive ready for tiles to be read.
 using fp8 = __nv_fp8_storage_t;
 constexpr float kHighestFp8 = 448.f;
 
@@ -110,7 +110,7 @@ struct Staging {
     for (int i = 0; i < (kAll + kThreads - 1) / kThreads; ++i) {
       const int piece = i * kThreads + thread, row = piece / kPieces, channel = piece % kPieces * 8;
       if (kAll % kThreads && piece >= kAll) break;
-      const uint2 eight = *reinterpret_cast<const uint2*>(stage + row * D + channel);
+      const uint2 eight = *reinterpret_cast<const uint2*>(stage + row * D + Rows<fp8, D>::permuted(row, channel));
       const bool exists = first + row % kKeys < bound;
       const float scale = reinterpret_cast<const float*>(stage + kRows * D)[row];
       uint4 words;
@@ -136,9 +136,9 @@ __device__ inline uint32_t lanes_of_row() {
 // A lane's pairs of a key or a value become part of an entry, as the row's other lanes do at the same time.
 template <class S, int D, class Pairs>
 __device__ inline void write_entry(const PagedLayer& cache, int64_t row, const Pairs& pairs, const PairValues& x) {
-  S* const to = static_cast<S*>(cache.pages) + row * D;
+  const auto to = [&](int channel) { return static_cast<S*>(cache.pages) + row * D + Rows<S, D>::permuted(row % 8, channel); };
   if constexpr (sizeof(S) > 1) {
-    pairs.write_pack([&](int channel) { return to + Rows<S, D>::permuted(row % 8, channel); }, pairs.template pack<S>(x));
+    pairs.write_pack(to, pairs.template pack<S>(x));
   } else {
     float highest = 0.f;
 #pragma unroll

@@ -560,44 +560,140 @@ __device__ inline bool arrives_last(int* arrived, int count) {
   return true;
 }
 
-// Two 8-bit numbers (e4m3), the low or the high ones of `word`, as T; all of them are numbers that T has.
-template <class T, bool kHigh>
-__device__ inline uint32_t from_fp8(uint32_t word) {
-  if constexpr (std::is_same_v<T, half>) {
-    const __half2_raw two = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(word >> (kHigh ? 16 : 0)), __NV_E4M3);
-    return uint32_t(two.x) | uint32_t(two.y) << 16;
-  } else {
-    // Sign, exponent and mantissa come to lie where bfloat16 has them, but exponents count from elsewhere.
-    const uint32_t x = __byte_perm(word, 0, kHigh ? 0x3424 : 0x1404);
-    const uint32_t low = (x & 0x80008000u) | (x >> 4 & 0x07f007f0u), shift = 0x7b807b80u;  // 2^120, twice
-    const __nv_bfloat162 y = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&low), *reinterpret_cast<const __nv_bfloat162*>(&shift));
-    return *reinterpret_cast<const uint32_t*>(&y);
-  }
+// Entries of 8 bits become operands in registers. A lane reads four of them side by side, and shifting makes pairs of the
+// even ones and of the odd ones, so that is the order of channels here: of every 16 of a product, the even ones come first.
+// Sign, exponent and mantissa come to lie where T has them, but exponents count from elsewhere: a number is too small by a
+// power of 2 (2^-8 in half, 2^-120 in bfloat16, exact down to its smallest), which what it is multiplied with makes up for.
+// Values become bfloat16 whatever T is: with their scales, weights need its range.
+template <class T>
+__device__ inline uint2 from_fp8(uint32_t four) {
+  constexpr int kShift = std::is_same_v<T, half> ? 1 : 4;
+  constexpr uint32_t kSigns = 0x80008000u, kOthers = 0x7f007f00u >> kShift;
+  return make_uint2((four << 8 & kSigns) | (four << (8 - kShift) & kOthers), (four & kSigns) | (four >> kShift & kOthers));
 }
 
-// 8-bit entries become rows of T. Keys wait for their scales until they have been multiplied with queries, and values, in
-// bfloat16, until they are weighed: what is then small stays exact. (In half it does not, so values take theirs here.)
+// What makes up for it, so that all factors are within T's range: queries are multiplied by `kQuery`; then products with
+// keys of 8 bits want `kOldKey`, those with new tokens' keys `kNewKey`. Weights of values of 8 bits are multiplied by
+// `kOldValue`, those of new tokens' by `kNewValue`, and sums want `kSum`.
+template <class T, class S>
+struct Factors {
+  static constexpr float kQuery = 1.f, kNewKey = 1.f, kNewValue = 1.f, kSum = 1.f;
+};
+template <>
+struct Factors<bf16, fp8> {
+  static constexpr float kQuery = 0x1p60f, kOldKey = 0x1p60f, kNewKey = 0x1p-60f, kOldValue = 0x1p60f, kNewValue = 0x1p-60f, kSum = 0x1p60f;
+};
+template <>
+struct Factors<half, fp8> {  // scales of values are below 2^8, since their values were in half
+  static constexpr float kQuery = 1.f, kOldKey = 0x1p8f, kNewKey = 1.f, kOldValue = 0x1p120f, kNewValue = 1.f, kSum = 1.f;
+};
+
+// A stage's entries of 8 bits: keys as rows [0, 16), behind them values.
 template <class T, int D>
-__device__ void unpack(const char* stage, const Rows<T, D>& to) {
-  constexpr int kPieces = D / 16, kAll = 2 * kUnitEntries * kPieces;
-  const int lane = threadIdx.x % 32;
-#pragma unroll 2
-  for (int piece = lane; piece < kAll; piece += 32) {
-    const int row = piece / kPieces, channel = piece % kPieces * 16;
-    const uint4 bytes = *reinterpret_cast<const uint4*>(stage + row * D + channel);
-    uint4 low{from_fp8<T, false>(bytes.x), from_fp8<T, true>(bytes.x), from_fp8<T, false>(bytes.y), from_fp8<T, true>(bytes.y)};
-    uint4 high{from_fp8<T, false>(bytes.z), from_fp8<T, true>(bytes.z), from_fp8<T, false>(bytes.w), from_fp8<T, true>(bytes.w)};
-    if (std::is_same_v<T, half> && row >= kUnitEntries) {
-      const float scale = reinterpret_cast<const float*>(stage + 2 * kUnitEntries * D)[row];
-      for (uint32_t* word : {&low.x, &low.y, &low.z, &low.w, &high.x, &high.y, &high.z, &high.w}) {
-        const float2 x = unpack_two<T>(*word);
-        *word = pack_two<T>(x.x * scale, x.y * scale);
-      }
+struct OldEntries {
+  using Value = bf16;
+  static constexpr int kPlanes = std::is_same_v<T, half> ? 2 : 1;  // of their weights, which are as exact as in T
+  const char* stage;
+
+  // Keys as two left operands, of 16 channels each.
+  __device__ void keys(uint32_t (&to)[2][4], int channel) const {
+    uint32_t words[4];
+    read<false>(words, 0, channel);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint2 upper = from_fp8<T>(words[2 * i]), lower = from_fp8<T>(words[2 * i + 1]);
+      to[i][0] = upper.x, to[i][1] = lower.x, to[i][2] = upper.y, to[i][3] = lower.y;
     }
-    *reinterpret_cast<uint4*>(to.at(row, channel)) = low;
-    *reinterpret_cast<uint4*>(to.at(row, channel + 8)) = high;
   }
-}
+  // Values as two left operands whose rows are channels.
+  __device__ void values(uint32_t (&to)[2][4], int channel) const {
+    uint32_t words[4];
+    read<true>(words, kUnitEntries, channel);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint2 first = from_fp8<bf16>(words[2 * i]), second = from_fp8<bf16>(words[2 * i + 1]);
+      to[i][0] = first.x, to[i][1] = first.y, to[i][2] = second.x, to[i][3] = second.y;
+    }
+  }
+
+ private:
+  template <bool kTransposed>
+  __device__ void read(uint32_t (&to)[4], int row, int channel) const {
+    const int lane = threadIdx.x % 32;
+    row += lane % 16;
+    load_matrices<kTransposed>(to, shared_address(stage + row * D + Rows<fp8, D>::permuted(row, channel + lane / 16 * 16)));
+  }
+};
+
+// Rows of T whose channels are read in the same order. There are few of them.
+template <class T, int D>
+struct EvenFirst {
+  using Value = T;
+  static constexpr int kPlanes = 1;
+  Rows<T, D> rows;
+
+  __device__ void keys(uint32_t (&to)[2][4], int channel) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint2 upper = pairs(0, channel + i * 16), lower = pairs(8, channel + i * 16);
+      to[i][0] = upper.x, to[i][1] = lower.x, to[i][2] = upper.y, to[i][3] = lower.y;
+    }
+  }
+  __device__ void values(uint32_t (&to)[2][4], int channel) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto at = [&](int row) {
+        return *reinterpret_cast<const uint32_t*>(rows.at(kUnitEntries + i % 2 * 8 + lane % 4 * 2 + row, channel + i / 2 * 16 + lane / 4 * 2));
+      };
+      const uint32_t first = at(0), second = at(1);
+      to[i / 2][i % 2 * 2] = __byte_perm(first, second, 0x5410), to[i / 2][i % 2 * 2 + 1] = __byte_perm(first, second, 0x7632);
+    }
+  }
+  // Eight queries as two right operands.
+  __device__ void right_of_8(uint32_t (&to)[4], int row, int channel) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint2 two = pairs(row, channel + i * 16);
+      to[2 * i] = two.x, to[2 * i + 1] = two.y;
+    }
+  }
+
+ private:
+  __device__ uint2 pairs(int row, int channel) const {
+    const int lane = threadIdx.x % 32;
+    const uint2 four = *reinterpret_cast<const uint2*>(rows.at(row + lane / 4, channel + lane % 4 * 4));
+    return make_uint2(__byte_perm(four.x, four.y, 0x5410), __byte_perm(four.x, four.y, 0x7632));
+  }
+};
+
+// The same in order, of 16-bit entries.
+template <class T, int D>
+struct InOrder {
+  using Value = T;
+  static constexpr int kPlanes = 1;
+  Rows<T, D> rows;
+
+  __device__ void keys(uint32_t (&to)[2][4], int channel) const {
+    uint32_t tile[1][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows.left(tile, 0, channel + i * 16);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) to[i][k] = tile[0][k];
+    }
+  }
+  __device__ void values(uint32_t (&to)[2][4], int channel) const {
+    uint32_t tile[1][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      rows.left_transposed(tile, kUnitEntries, channel + i * 16);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) to[i][k] = tile[0][k];
+    }
+  }
+  __device__ void right_of_8(uint32_t (&to)[4], int row, int channel) const { rows.right_of_8(to, row, channel); }
+};
 
 template <class T, class S, int D, int kQueries>
 __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers, 1)
@@ -605,6 +701,8 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
   using Memory = PagedMemory<T, S, D, kQueries>;
   using Stage = typename Memory::Stage;
   using P = typename Memory::P;
+  using Factor = Factors<T, S>;
+  using NewEntries = std::conditional_t<Stage::kScaled, EvenFirst<T, D>, InOrder<T, D>>;
   constexpr int N = kQueries / 8;
   const NewTokens& in = p.in;
   const auto [tokens, sequences, heads, kv_heads, channels, group] = in.shape;
@@ -690,7 +788,16 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
     const Rows<T, D> queries{reinterpret_cast<T*>(!kInRegisters ? own_memory : Stage::kScaled ? ready : arrived)};
     const auto read_queries = [&](int c) {
 #pragma unroll
-      for (int n = 0; n < N; ++n) queries.right_of_8(columns[c][n], n * 8, c * 32);
+      for (int n = 0; n < N; ++n) {
+        NewEntries{queries}.right_of_8(columns[c][n], n * 8, c * 32);
+        if constexpr (Factor::kQuery != 1.f) {
+#pragma unroll
+          for (uint32_t& two : columns[c][n]) {
+            const float2 x = unpack_two<T>(two);
+            two = pack_two<T>(x.x * Factor::kQuery, x.y * Factor::kQuery);
+          }
+        }
+      }
     };
     if (stage < w.from && !w.is_new(stage)) {
       if (w.nobody()) {
@@ -714,10 +821,11 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
     } else {
       // Entries, or new tokens as entries: keys as rows [0, 16), behind them values. `visible` has a bit for each of them.
       const Rows<T, D> entries{reinterpret_cast<T*>(Stage::kScaled ? ready : arrived)};
+      const bool are_new = stage < w.from;
       uint32_t visible[N][2];  // for this lane's queries
-      float key_scale[2] = {1.f, 1.f}, value_scale[2] = {1.f, 1.f};  // of this lane's entries
+      float key_scale[2] = {Factor::kNewKey, Factor::kNewKey}, value_scale[2] = {Factor::kNewValue, Factor::kNewValue};  // of this lane's entries
       int exist;
-      if (stage < w.from) {
+      if (are_new) {
         // New tokens are merged, and written into the cache.
         const NewStage<T, D, Memory> staged(p, w);
         const New fresh = decide<T, D>(p, w, staged, arrived);
@@ -739,36 +847,42 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
       } else {
         exist = min(w.closed - stage * kUnitEntries, kUnitEntries);
         if constexpr (Stage::kScaled) {
-          unpack<T, D>(arrived, entries);
           const float* const scales = reinterpret_cast<const float*>(arrived + Stage::kRows * D);
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int entry = i * 8 + lane / 4;
-            key_scale[i] = scales[entry];
-            if (std::is_same_v<T, bf16> && entry < exist) value_scale[i] = scales[kUnitEntries + entry];
+            key_scale[i] = scales[entry] * Factor::kOldKey;
+            value_scale[i] = entry < exist ? scales[kUnitEntries + entry] * Factor::kOldValue : 0.f;
           }
-          __syncwarp();
         }
 #pragma unroll
         for (int i = 0; i < 2 * N; ++i) visible[i / 2][i % 2] = (1u << exist) - 1;
       }
-      if (exist < kUnitEntries) {
+      if (exist < kUnitEntries && (are_new || !Stage::kScaled)) {  // what is in 8 bits is no NaN here
         clear(entries, kUnitEntries + exist, 2 * kUnitEntries);
         show_writes_of_warp();
       }
+      const auto with_operands = [&](auto f) {
+        if constexpr (Stage::kScaled) {
+          if (!are_new) return f(OldEntries<T, D>{arrived});
+        }
+        f(NewEntries{entries});
+      };
 
       float scores[N][4] = {}, others[N][4] = {};  // two sums at once: each waits for its last product
+      with_operands([&](auto operands) {
 #pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t keys[1][4];
-        if (!kInRegisters && c % 2 == 0) read_queries(c / 2);
-        entries.left(keys, 0, c * 16);
+        for (int c = 0; c < D / 32; ++c) {
+          uint32_t keys[2][4];
+          if (!kInRegisters) read_queries(c);
+          operands.keys(keys, c * 32);
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-          const uint32_t* const column = columns[c / 2][n] + c % 2 * 2;
-          multiply_add(T{}, c % 2 ? others[n] : scores[n], keys[0], column[0], column[1]);
+          for (int n = 0; n < N; ++n) {
+            multiply_add(T{}, scores[n], keys[0], columns[c][n][0], columns[c][n][1]);
+            multiply_add(T{}, others[n], keys[1], columns[c][n][2], columns[c][n][3]);
+          }
         }
-      }
+      });
 #pragma unroll
       for (int i = 0; i < 4 * N; ++i) scores[i / 4][i % 4] = (scores[i / 4][i % 4] + others[i / 4][i % 4]) * key_scale[i % 4 / 2];
       if (exist < kUnitEntries) {
@@ -778,19 +892,36 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
         }
       }
       sums.weigh(scores, scale);
-      uint32_t weights[N][2];
+      with_operands([&](auto operands) {
+        using Value = typename decltype(operands)::Value;
+        constexpr int kPlanes = decltype(operands)::kPlanes;
+        uint32_t weights[kPlanes][N][2];
 #pragma unroll
-      for (int i = 0; i < 2 * N; ++i) {
-        const float* const pair = scores[i / 2] + i % 2 * 2;
-        weights[i / 2][i % 2] = transposed(pack_two<T>(pair[0] * value_scale[i % 2], pair[1] * value_scale[i % 2]));
-      }
+        for (int i = 0; i < 2 * N; ++i) {
+          const float* const pair = scores[i / 2] + i % 2 * 2;
+          float left[2] = {pair[0] * value_scale[i % 2], pair[1] * value_scale[i % 2]};
 #pragma unroll
-      for (int c = 0; c < D / 16; ++c) {
-        uint32_t values[1][4];
-        entries.left_transposed(values, kUnitEntries, c * 16);
+          for (int plane = 0; plane < kPlanes; ++plane) {
+            const uint32_t two = pack_two<Value>(left[0], left[1]);
+            const float2 held = unpack_two<Value>(two);
+            left[0] -= held.x, left[1] -= held.y;
+            weights[plane][i / 2][i % 2] = transposed(two);
+          }
+        }
 #pragma unroll
-        for (int n = 0; n < N; ++n) multiply_add(T{}, sums.value[c][n], values[0], weights[n][0], weights[n][1]);
-      }
+        for (int c = 0; c < D / 32; ++c) {
+          uint32_t values[2][4];
+          operands.values(values, c * 32);
+#pragma unroll
+          for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int plane = 0; plane < kPlanes; ++plane) {
+              multiply_add(Value{}, sums.value[2 * c][n], values[0], weights[plane][n][0], weights[plane][n][1]);
+              multiply_add(Value{}, sums.value[2 * c + 1][n], values[1], weights[plane][n][0], weights[plane][n][1]);
+            }
+          }
+        }
+      });
     }
 
     if (stage + 1 < w.to) continue;
@@ -818,13 +949,20 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
         for (int i = 0; i < 2; ++i) weight[i] = sums.total(n, i);
         if (whole) {
           const int row = n * 8 + lane / 4;
-          T* const to = output_at(row) + lane % 4 * 2;
-          const float inverse[2] = {reciprocal(weight[0]), reciprocal(weight[1])};
+          T* const to = output_at(row);
+          const float inverse[2] = {reciprocal(weight[0]) * Factor::kSum, reciprocal(weight[1]) * Factor::kSum};
 #pragma unroll
-          for (int c = 0; c < D / 8; ++c) {
-            const float* const pair = sums.value[c / 2][n] + c % 2 * 2;
-            const uint32_t two = transposed(pack_two<T>(pair[0] * inverse[0], pair[1] * inverse[1]));
-            if (row < rows) *reinterpret_cast<uint32_t*>(to + c * 8) = two;
+          for (int c = 0; c < D / 16; ++c) {
+            const float* const sum = sums.value[c][n];
+            const uint32_t upper = transposed(pack_two<T>(sum[0] * inverse[0], sum[1] * inverse[1]));
+            const uint32_t lower = transposed(pack_two<T>(sum[2] * inverse[0], sum[3] * inverse[1]));
+            if (row >= rows) continue;
+            if constexpr (Stage::kScaled) {  // even channels, and odd ones
+              *reinterpret_cast<uint2*>(to + c * 16 + lane % 4 * 4) = make_uint2(__byte_perm(upper, lower, 0x5410), __byte_perm(upper, lower, 0x7632));
+            } else {
+              *reinterpret_cast<uint32_t*>(to + c * 16 + lane % 4 * 2) = upper;
+              *reinterpret_cast<uint32_t*>(to + c * 16 + 8 + lane % 4 * 2) = lower;
+            }
           }
         } else {
 #pragma unroll
@@ -832,9 +970,15 @@ __global__ void __launch_bounds__(32 * PagedMemory<T, S, D, kQueries>::kWorkers,
             const int row = n * 8 + lane % 4 * 2 + i;
             if (row >= rows) continue;
             if (lane < 4) *own.total(row) = make_float2(sums.highest[n][i], weight[i]);
-            float* const to = own.sums(row, lane / 4);
+            float* const to = own.sums(row, 0);
 #pragma unroll
-            for (int c = 0; c < D / 8; ++c) to[c * 8] = sums.value[c / 2][n][c % 2 * 2 + i];
+            for (int c = 0; c < D / 16; ++c) {
+              const float upper = sums.value[c][n][i] * Factor::kSum, lower = sums.value[c][n][2 + i] * Factor::kSum;
+              if constexpr (Stage::kScaled)
+                *reinterpret_cast<float2*>(to + c * 16 + lane / 4 * 2) = make_float2(upper, lower);
+              else
+                to[c * 16 + lane / 4] = upper, to[c * 16 + 8 + lane / 4] = lower;
+            }
           }
         }
       }

@@ -61,11 +61,12 @@ __device__ inline void multiply_add_tiles(float (&c)[2][4], const uint32_t (&a)[
 }
 
 // Rows in shared memory. So that eight of them can be read at once without bank conflicts, pieces of 16 bytes change
-// places within a row, after a pattern that repeats every eight rows; in float32, rows are padded instead.
+// places within a row, after a pattern that repeats every eight rows; in float32, rows are padded instead. (In 8 bits, for
+// which `permuted` alone is meant, rows of 96 channels stay in order: two of eight conflict.)
 template <class T, int D>
 struct Rows {
   static constexpr int kPiece = 16 / sizeof(T), kPieces = D / kPiece;
-  static constexpr bool kSwizzled = sizeof(T) == 2 && kPieces % 4 == 0;
+  static constexpr bool kSwizzled = sizeof(T) <= 2 && kPieces % 4 == 0;
   static constexpr int kStride = kSwizzled ? D : D + kPiece;
   T* data;
 

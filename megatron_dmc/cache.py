@@ -197,8 +197,8 @@ class PagedCache:
         device: where all of it lives.
 
     Attributes:
-        pages: `[pages, 2, page_entries, channels]`, rotated merged keys and merged values. In 16 bits, channels lie in
-            the order in which kernels read them: pieces of eight change places (`_permuted` in `ops/paged.py`).
+        pages: `[pages, 2, page_entries, channels]`, rotated merged keys and merged values. Channels lie in the order in
+            which kernels read them: pieces of 16 bytes change places (`_permuted` in `ops/paged.py`).
         scales: `[pages, 2, page_entries]` float32, what 8-bit entries are multiplied by, else `None`.
         table: `[layers, slots + 1, kv_heads, max_pages]` int32, pages in the order of their entries, -1 where there is
             none. The last slot is nobody's: what a batch's empty places write goes there.

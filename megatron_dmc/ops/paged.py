@@ -147,8 +147,9 @@ def _reference(query, key, value, rotary, cache, layer, step, output, alpha, off
             if cache.scales is not None:
                 scales = entries.abs().amax(-1) / torch.finfo(cache.pages.dtype).max
                 cache.scales[pages, :, places] = scales
-                entries = (entries / scales[..., None].clamp(min=1e-38)).to(cache.pages.dtype)
-            cache.pages[pages, :, places] = _permuted(entries, places[:, None]).to(cache.pages.dtype)
+                entries = entries / scales[..., None].clamp(min=1e-38)
+            permuted = _permuted(entries, places[:, None], cache.pages.element_size())
+            cache.pages[pages, :, places] = permuted.to(cache.pages.dtype)
         step.lengths[layer, i] = contiguous.lengths[0].int()
         pairs = torch.stack([key, value], 2)[new].transpose(0, 1)  # [g, n, 2, d]
         weights = reference.importance(query[new, None], key.shape[1], offset)[:, 0].T
@@ -167,13 +168,16 @@ def _reference(query, key, value, rotary, cache, layer, step, output, alpha, off
             step.last_weights[layer, i - b, :, -kept:] = weights[:, -kept:]
 
 
-def _permuted(entries: Tensor, rows: Tensor) -> Tensor:
-    """Entries `[…, d]` as pages hold them in their rows `[…]`, or back from there (`Rows` in csrc/tensor_core.cuh)."""
-    d = entries.shape[-1]
-    if entries.element_size() == 1 or d % 32:
+def _permuted(entries: Tensor, rows: Tensor, element_size: int) -> Tensor:
+    """Entries `[…, d]` as pages of so many bytes a channel hold them in their rows `[…]`, or back from there.
+
+    Pieces of 16 bytes change places as in `Rows` in csrc/tensor_core.cuh.
+    """
+    d, size = entries.shape[-1], 16 // element_size
+    if d // size % 4:
         return entries
-    piece = rows % 8 if d % 64 == 0 else rows % 8 // 2
-    channels = torch.arange(d, device=entries.device) ^ (piece * 8)[..., None]
+    piece = rows % 8 if d // size % 8 == 0 else rows % 8 // 2
+    channels = torch.arange(d, device=entries.device) ^ (piece * size)[..., None]
     return entries.gather(-1, channels.expand_as(entries))
 
 
@@ -182,9 +186,10 @@ def _gathered(cache: PagedCache, layer: int, slot: int, tokens: int, offset: flo
     lengths = cache.lengths[layer, slot].long()
     pages = cache.table[layer, slot, :, : -(-int(lengths.max()) // cache.shape.page_entries)].clamp(min=0).long()
     entries = cache.pages[pages]  # [g, pages, 2, page_entries, d]
-    entries = _permuted(entries, torch.arange(cache.shape.page_entries, device=pages.device))
+    rows, size = torch.arange(cache.shape.page_entries, device=pages.device), entries.element_size()
     if cache.scales is not None:
         entries = entries.float() * cache.scales[pages][..., None]
+    entries = _permuted(entries, rows, size)
     entries = entries.permute(2, 0, 1, 3, 4).flatten(2, 3)  # [2, g, entries, d]
     unused = torch.arange(entries.shape[2], device=entries.device) >= lengths[:, None]
     entries = entries.masked_fill(unused[None, ..., None], 0)[:, None]
