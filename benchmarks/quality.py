@@ -442,8 +442,7 @@ def peers(work: Work) -> None:
     if work.options.peers_path is not None:
         path = [str(work.options.peers_path), work.environment["PYTHONPATH"]]
         extra["PYTHONPATH"] = os.pathsep.join(path)
-    each = -(-len(jobs) // len(work.slots))
-    shares = [jobs[i : i + each] for i in range(0, len(jobs), each)]
+    shares = [share for i in work.slots if (share := jobs[i :: len(work.slots)])]
     parallel(work, [lambda slot, n=n, share=share: measured(work, share, f"peers-{n}", slot, **extra)
                     for n, share in enumerate(shares)])  # fmt: skip
     if len(budgets) < len(RATIOS) or len(models) < 2:
