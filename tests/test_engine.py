@@ -219,15 +219,16 @@ def test_admission_leaves_room_to_grow(fresh_seed, monkeypatch):
 
 @pytest.fixture
 def restless(monkeypatch):
-    """Requests give way now and then for no reason."""
-    make_room = DMCInferenceContext._make_room
+    """Requests give way now and then for no reason, one as soon as two could."""
+    make_room, gave_way = DMCInferenceContext._make_room, []
 
     def evict(context, mask):
         chosen, chunk = make_room(context, mask), context.chunked_prefill_request_id
         ids = context.request_ids[: context.total_request_count].tolist()
         others = [i for i, stays in enumerate(mask.tolist()) if stays and i not in chosen and ids[i] != chunk]
-        if len(others) > 1 and random.random() < 0.2:
-            chosen.append(random.choice(others))
+        if len(others) > 1 and (not gave_way or random.random() < 0.2):
+            gave_way.append(random.choice(others))
+            chosen.append(gave_way[-1])
         return chosen
 
     monkeypatch.setattr(DMCInferenceContext, "_make_room", evict)

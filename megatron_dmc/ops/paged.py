@@ -174,9 +174,9 @@ def _permuted(entries: Tensor, rows: Tensor, element_size: int) -> Tensor:
     Pieces of 16 bytes change places as in `Rows` in csrc/tensor_core.cuh.
     """
     d, size = entries.shape[-1], 16 // element_size
-    if d // size % 4:
+    if d % (4 * size):
         return entries
-    piece = rows % 8 if d // size % 8 == 0 else rows % 8 // 2
+    piece = rows % 8 if d % (8 * size) == 0 else rows % 8 // 2
     channels = torch.arange(d, device=entries.device) ^ (piece * size)[..., None]
     return entries.gather(-1, channels.expand_as(entries))
 
