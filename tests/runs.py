@@ -58,7 +58,7 @@ def environment(**changes):
     kept = {
         k: v for k, v in os.environ.items() if not k.startswith(("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
     }
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [f"{ROOT}/tests/without", str(ROOT), os.environ.get("PYTHONPATH")]))
     return kept | dict(PYTHONPATH=path, PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | changes
 
 
