@@ -95,8 +95,8 @@ def compare(
             assert (alpha[new] == decisions[:, 0]).all()
             assert (cache.lengths[layer, slot] == own.lengths[0]).all()
             error = (output[new].double() - want[:, 0]).norm() / want.norm()
-            # The fewer tokens, the fewer entries of 8 bits may they attend to, whose errors then do not average out.
-            limit = (3 + 2 / n_own * shape.fp8) * rounding
+            # One token or two may attend to few entries of 8 bits: what the largest of their errors leaves.
+            limit = 2.0**-4 if shape.fp8 and n_own <= 2 else 3 * rounding
             assert error < limit, f"output is off by {error:.1e}"
     for slot, own in exact.items():
         entries = paged._gathered(cache, layer, slot, own.tokens, 5.0).entries
