@@ -12,6 +12,7 @@ Outside of attention each of `cp` ranks has `s/cp` tokens. Megatron cuts a seque
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def own_chunks(group: Any) -> tuple[int, int]:
     return group.rank(), 2 * group.size() - 1 - group.rank()
 
 
-def with_borders(tensors: tuple[Tensor, ...], before: int, group: Any) -> list[Tensor]:
+def with_borders(tensors: tuple[Tensor, ...], before: int, group: Any) -> tuple[Tensor, ...]:
     """This rank's two chunks with what lies before and after them, as two sequences.
 
     Args:
@@ -87,16 +88,93 @@ def with_borders(tensors: tuple[Tensor, ...], before: int, group: Any) -> list[T
     Returns:
         Each `[before + c + 1, 2, b, heads, d]`; zeros where the sequence has nothing.
     """
-    cp = group.size()
-    chunks = [x.unflatten(0, (2, -1)) for x in tensors]
-    edges = torch.cat([torch.cat([x[:, :1], x[:, -before:]], 1) for x in chunks], 3)  # [2, 1 + before, b, heads, d]
-    edges = gather(edges.flatten(0, 1), group).unflatten(0, (2 * cp, -1))
-    nothing = torch.zeros_like(edges[:1])
-    edges = torch.cat([nothing, edges, nothing])  # of chunk i at i + 1
-    sizes = [x.shape[2] for x in tensors]
-    earlier = torch.stack([edges[i][1:] for i in own_chunks(group)], 1).split(sizes, 3)
-    later = torch.stack([edges[i + 2][:1] for i in own_chunks(group)], 1).split(sizes, 3)
-    return [torch.cat([e, x.transpose(0, 1), l]) for e, x, l in zip(earlier, chunks, later, strict=True)]  # noqa: E741
+    return _WithBorders.apply(before, group, *tensors)
+
+
+class _WithBorders(torch.autograd.Function):
+    """Everything is copied once each way, which slicing and joining do not come to."""
+
+    @staticmethod
+    def forward(ctx, before: int, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.before, ctx.group, cp = before, group, group.size()
+        chunks = [x.unflatten(0, (2, -1)) for x in tensors]
+        ctx.sizes = sizes = [x.shape[3] for x in chunks]
+        edges = torch.cat([torch.cat([x[:, :1], x[:, -before:]], 1) for x in chunks], 3)  # [2, 1 + before, b, heads, d]
+        edges = gather(edges.flatten(0, 1), group).unflatten(0, (2 * cp, -1))
+        nothing = torch.zeros_like(edges[:1])
+        edges = torch.cat([nothing, edges, nothing])  # of chunk i at i + 1
+        earlier = torch.stack([edges[i][1:] for i in own_chunks(group)], 1).split(sizes, 3)
+        later = torch.stack([edges[i + 2][0] for i in own_chunks(group)]).split(sizes, 2)
+        found = []
+        for x, first, last in zip(chunks, earlier, later, strict=True):
+            bordered = x.new_empty(before + x.shape[1] + 1, 2, *x.shape[2:])
+            bordered[:before].copy_(first)
+            bordered[before:-1].copy_(x.transpose(0, 1))
+            bordered[-1].copy_(last)
+            found.append(bordered)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        before, group, cp = ctx.before, ctx.group, ctx.group.size()
+        earlier = torch.cat([x[:before] for x in grads], 3)
+        later = torch.cat([x[-1] for x in grads], 2)
+        edges = earlier.new_zeros(2 * cp, 1 + before, *earlier.shape[2:])
+        for place, i in enumerate(own_chunks(group)):
+            if i > 0:
+                edges[i - 1, 1:].copy_(earlier[:, place])
+            if i + 1 < 2 * cp:
+                edges[i + 1, 0].copy_(later[place])
+        edges = reduce_scatter(edges.flatten(0, 1), group).unflatten(0, (2, -1)).split(ctx.sizes, 3)
+        found = []
+        for x, edge in zip(grads, edges, strict=True):
+            grad = x[before:-1].transpose(0, 1).contiguous()
+            grad[:, :1].add_(edge[:, :1])
+            grad[:, -before:].add_(edge[:, 1:])
+            found.append(grad.flatten(0, 1))
+        return None, None, *found
+
+
+def gather_halves(first: Tensor, second: Tensor, group: Any) -> tuple[Tensor, Callable[[], None]]:
+    """Begin to gather what every rank has of its first and of its second chunk, `[c, …]` each.
+
+    Returns:
+        `[2·cp, c, …]`, to be read once the function that comes with it was called: the ranks' second chunks, then their
+        first ones. Nothing has to be put in order for what lies before a chunk to lie side by side (`places_before`).
+    """
+    found = first.new_empty(2, group.size(), *first.shape)
+    works = [
+        torch.distributed.all_gather_into_tensor(half.flatten(0, 1), x.contiguous(), group=group, async_op=True)
+        for half, x in zip(found, (second, first), strict=True)
+    ]
+
+    def wait() -> None:
+        for work in works:
+            work.wait()
+
+    return found.flatten(0, 1), wait
+
+
+def reduce_scatter_half(half: Tensor, group: Any) -> Callable[[], Tensor]:
+    """Begin to sum one half of `[2·cp, c, …]` over the ranks; the function that comes back yields this rank's chunk."""
+    found = half.new_empty(half.shape[1:])
+    work = torch.distributed.reduce_scatter_tensor(found, half.flatten(0, 1), group=group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return found
+
+    return wait
+
+
+def chunks_of_halves(cp: int) -> list[int]:
+    """The chunks of a sequence in the order of `gather_halves`."""
+    return [*reversed(range(cp, 2 * cp)), *range(cp)]
+
+
+def places_before(chunk: int, cp: int) -> slice:
+    """Where all chunks before this one lie in the order of `gather_halves`."""
+    return slice(cp, cp + chunk) if chunk <= cp else slice(2 * cp - chunk, 2 * cp)
 
 
 def balanced(cp: int) -> list[int]:

@@ -12,7 +12,15 @@ from emulation import cuda_headers
 from megatron.core import parallel_state
 from test_fused import NAMES, ROUNDING, compare_results, documents_one_by_one, error, run, some_documents
 
-from megatron_dmc.context_parallel import all_tokens, balanced, gather, in_order, own_tokens
+from megatron_dmc.context_parallel import (
+    all_tokens,
+    balanced,
+    chunks_of_halves,
+    gather,
+    in_order,
+    own_tokens,
+    places_before,
+)
 from megatron_dmc.ops import fused, reference
 from megatron_dmc.ops.chunks import dmc_attention_of_chunks, zero_out_attention_of_chunks
 from megatron_dmc.ops.documents import Documents
@@ -36,6 +44,9 @@ def test_megatrons_order_of_chunks(megatron):
     parts = [get_pos_emb_on_this_cp_rank(whole, 0, Rank(rank)) for rank in range(3)]
     assert balanced(3) == [0, 5, 1, 4, 2, 3]
     assert torch.equal(in_order(torch.cat(parts), 3), whole)
+    assert chunks_of_halves(3) == [5, 4, 3, 0, 1, 2]
+    for chunk in range(6):
+        assert sorted(chunks_of_halves(3)[places_before(chunk, 3)]) == list(range(chunk))
 
 
 @pytest.mark.parametrize("cp", [2, 3])
@@ -88,13 +99,14 @@ def test_attention_of_chunks(cp, tmp_path):
     multiprocessing.spawn(_attend, (cp, f"file://{tmp_path}/store", seed), nprocs=cp)
 
 
+@pytest.mark.parametrize("cp", [2, 3])
 @pytest.mark.skipif(cuda_headers() is None or shutil.which("g++") is None, reason="needs g++ and the CUDA headers")
-def test_fused_attention_of_chunks(tmp_path, emulated_kernels):
+def test_fused_attention_of_chunks(cp, tmp_path, emulated_kernels):
     (library,) = [path for path in torch.ops.loaded_libraries if path.endswith("emulated.so")]
     seed = torch.seed() % 2**32
     print("seed", seed)
     emulated = (library, emulated_kernels.name)
-    multiprocessing.spawn(_attend, (2, f"file://{tmp_path}/store", seed, "dense", emulated), nprocs=2)
+    multiprocessing.spawn(_attend, (cp, f"file://{tmp_path}/store", seed, "dense", emulated), nprocs=cp)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

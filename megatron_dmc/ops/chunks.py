@@ -10,6 +10,8 @@ keys and values of all tokens live while one layer needs them, and are gathered 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_dmc.context_parallel import gather, own_chunks, reduce_scatter, with_borders
+from megatron_dmc.context_parallel import (
+    chunks_of_halves,
+    gather,
+    gather_halves,
+    own_chunks,
+    places_before,
+    reduce_scatter_half,
+    with_borders,
+)
 from megatron_dmc.ops import fused, reference
 from megatron_dmc.ops.documents import NEVER, Documents, separate
 from megatron_dmc.ops.noise import LogisticNoise
@@ -217,17 +227,18 @@ class _Fused(torch.autograd.Function):
         )  # fmt: skip
         query, own_key, own_value = (x[own] for x in rows)
         diagonal = diagonal[:, :, own].contiguous()
+        everything = _Everything(own_key, own_value, group, documents)
         rows = map(fused.heads_first, (query, own_key, own_value))
         output, lse = fused.attend(kernel, *rows, scale, True, *packing)
         lse = lse.contiguous()
         output = fused.tokens_first(output)
-        past = _past(group, documents, output, lse, query, own_key, own_value)
-        for own_output, own_lse, own_query, keys, values, _ in past:
-            more, more_lse = fused.attend(kernel, own_query, keys, values, scale, causal=False)
-            both = torch.logaddexp(own_lse, more_lse)
-            share = torch.exp(more_lse - both)[..., None]
-            own_output.copy_(torch.lerp(own_output.float(), more.float(), share))
-            own_lse.copy_(both)
+        for place in (1, 0):
+            for own_output, own_lse, own_query, keys, values, _ in everything.before(place, output, lse, query):
+                more, more_lse = fused.attend(kernel, own_query, keys, values, scale, causal=False)
+                both = torch.logaddexp(own_lse, more_lse)
+                keep, share = (torch.exp(x - both)[..., None] for x in (own_lse, more_lse))
+                own_output.copy_((own_output * keep).addcmul_(more, share))
+                own_lse.copy_(both)
         fused._kernels.merge_diagonal_(output, lse, diagonal, own_key, own_value, scale * channel)
         ctx.save_for_backward(
             key, value, cos, sin, query, own_key, own_value, output, lse, diagonal, alpha, weight
@@ -242,25 +253,32 @@ class _Fused(torch.autograd.Function):
         group, documents, packing, window, temperature, interleaved, scale, kernel = ctx.settings
         own, channel = slice(window, -1), fused.query_channel(key.dtype, scale)
         grad_output = torch.zeros_like(output) if grad_output is None else fused.readable(grad_output)
+        everything = _Everything(own_key, own_value, group, documents)
         heads_first = map(fused.heads_first, (grad_output, query, own_key, own_value, output))
         grads = fused.attend_backward(kernel, *heads_first, lse, scale, True, *packing)
-        grad_query, grad_key, grad_value = map(fused.tokens_first, grads)
 
-        # What this rank's queries have for every rank's keys and values.
-        b, g = own_key.shape[1] // 2, own_key.shape[2]
-        of_all = key.new_zeros(2 * group.size() * len(own_key), b, 2 * g, key.shape[-1])
-        for own_grad, own_output, own_lse, own_query, to_query, keys, values, where in _past(
-            group, documents, grad_output, output, lse, query, grad_query, own_key, own_value
-        ):
-            to_past = fused.attend_backward(
-                kernel, own_grad, own_query, keys, values, own_output, own_lse, scale, causal=False
-            )
-            to_query.add_(to_past[0])
-            of_all[where].add_(torch.cat([x.permute(2, 0, 1, 3) for x in to_past[1:]], 2))
-        for mine, found in zip(
-            (grad_key, grad_value), _chunks_side_by_side(reduce_scatter(of_all, group)).chunk(2, 2), strict=True
-        ):
-            mine.add_(found)
+        def with_room(x: Tensor) -> Tensor:
+            """Tokens first, with borders of zeros."""
+            tokens_first = x.permute(2, 0, 1, 3)
+            found = x.new_empty(window + len(tokens_first) + 1, *tokens_first.shape[1:])
+            found[:window].zero_()
+            found[own].copy_(tokens_first)
+            found[-1].zero_()
+            return found
+
+        bordered = [with_room(x) for x in grads]
+        grad_query, grad_key, grad_value = (x[own] for x in bordered)
+        for place in (1, 0):
+            for own_grad, own_output, own_lse, own_query, to_query, keys, values, add in everything.before(
+                place, grad_output, output, lse, query, grad_query
+            ):
+                to_past = fused.attend_backward(
+                    kernel, own_grad, own_query, keys, values, own_output, own_lse, scale, causal=False
+                )
+                to_query.add_(to_past[0])
+                add(*to_past[1:])
+            everything.send(place)
+        everything.add_sums(grad_key, grad_value)
 
         here = [None if t is None else t[own].contiguous() for t in (cos, sin)]
         grad_bias = fused._kernels.merge_diagonal_backward_(
@@ -268,43 +286,94 @@ class _Fused(torch.autograd.Function):
             interleaved, scale, scale * channel,
         )  # fmt: skip
 
-        def with_borders(x: Tensor | None) -> Tensor | None:
-            return None if x is None else F.pad(x, (0, 0) * (x.dim() - 1) + (window, 1))
-
-        grad_query, *grads = map(with_borders, (grad_query, grad_key, grad_value, grad_bias, grad_alpha))
-        grad_key, grad_value = fused._kernels.prepare_backward_(
-            grad_query, *grads, key, value, alpha, weight, window, temperature
+        grad_bias, grad_alpha = (
+            None if x is None else F.pad(x, (0, 0) * (x.dim() - 1) + (window, 1)) for x in (grad_bias, grad_alpha)
         )
-        return grad_query, grad_key, grad_value, *[None] * 12
+        grad_key, grad_value = fused._kernels.prepare_backward_(
+            *bordered, grad_bias, grad_alpha, key, value, alpha, weight, window, temperature
+        )
+        return bordered[0], grad_key, grad_value, *[None] * 12
 
 
-def _past(group: Any, documents: Documents | None, *tensors: Tensor):
-    """For each of this rank's chunks that has others before it: views of its part, and all keys and values before it.
+class _Everything:
+    """All ranks' merged keys and values, gathered while this rank attends to its own, and their gradients.
 
-    With documents, of each sequence the part that belongs to a document from before the chunk, and what that has there.
+    Without documents they stay as they come (`gather_halves`); with them, whose parts lie across chunks, they are put
+    in the sequence's order.
 
     Args:
-        tensors: of two chunks as sequences, `[c, 2·b, …]` or log-sum-exps `[2·b, h, c]`; the last two are keys and
-            values.
-
-    Yields:
-        As many tensors, heads first: `[b, h, c, d]`, `[b, h, c]`; keys and values `[b, g, n, d]`, gathered. And where
-        these keys are among all, `[s, b, …]`.
+        key, value: `[c, 2·b, g, d]`, this rank's two chunks as sequences.
     """
-    *parts, key, value = tensors
-    chunk, b = len(key), key.shape[1] // 2
-    everything = gather(_chunks_in_line(torch.cat([key, value], 2)), group)
-    keys, values = map(fused.heads_first, everything.chunk(2, 2))
-    for place, i in enumerate(own_chunks(group)):
-        begin = i * chunk
-        pieces = [(0, b, chunk, 0)] if i else []
-        if documents is not None:
-            pieces = [(j, j + 1, *documents.across(j, begin, begin + chunk)) for j in range(b)]
-        for j, until, tokens, since in pieces:
-            if tokens == 0:
-                continue
-            of, past = slice(place * b + j, place * b + until), slice(since, begin)
+
+    def __init__(self, key: Tensor, value: Tensor, group: Any, documents: Documents | None) -> None:
+        self._group, self._documents, self._chunks = group, documents, own_chunks(group)
+        self._chunk, self._b = len(key), key.shape[1] // 2
+        halves = (torch.cat([k, v], 2) for k, v in zip(key.chunk(2, 1), value.chunk(2, 1), strict=True))
+        self._gathered, self._wait = gather_halves(*halves, group)
+        self._all: Tensor | None = None
+        self._grad: Tensor | None = None
+        self._sums: dict[int, Callable[[], Tensor]] = {}
+
+    def before(self, place: int, *tensors: Tensor) -> Iterator[tuple]:
+        """For one of this rank's chunks, views of its part, and the keys and values before it, if any.
+
+        With documents, of each sequence the part that belongs to a document from before the chunk, and what that has
+        there.
+
+        Args:
+            place: 0 or 1, of the chunk.
+            tensors: of two chunks as sequences, `[c, 2·b, …]` or log-sum-exps `[2·b, h, c]`.
+
+        Yields:
+            As many tensors, heads first: `[b, h, c, d]`, `[b, h, c]`; keys and values `[b, g, n, d]`. And a function
+            that takes the gradients of these.
+        """
+        if self._all is None:
+            self._wait()
+            gathered, places = self._gathered, chunks_of_halves(self._group.size())
+            if self._documents is not None:
+                gathered = torch.stack([gathered[places.index(i)] for i in range(len(places))])
+            self._all = gathered.flatten(0, 1)
+        chunk, b, i = self._chunk, self._b, self._chunks[place]
+        begin, cp = i * chunk, self._group.size()
+        if self._documents is None:
+            where = places_before(i, cp)
+            pieces = [(0, b, chunk, slice(where.start * chunk, where.stop * chunk))] if i else []
+        else:
+            across = (self._documents.across(j, begin, begin + chunk) for j in range(b))
+            pieces = [(j, j + 1, tokens, slice(since, begin)) for j, (tokens, since) in enumerate(across) if tokens]
+        for j, until, tokens, past in pieces:
+            of = slice(place * b + j, place * b + until)
             yield (
-                *(x[of, :, :tokens] if x.dim() == 3 else fused.heads_first(x[:tokens, of]) for x in parts),
-                keys[j:until, :, past], values[j:until, :, past], (past, slice(j, until)),
+                *(x[of, :, :tokens] if x.dim() == 3 else fused.heads_first(x[:tokens, of]) for x in tensors),
+                *map(fused.heads_first, self._all[past, j:until].chunk(2, 2)),
+                partial(self._add, (past, slice(j, until))),
             )  # fmt: skip
+
+    def _add(self, where: tuple[slice, slice], grad_key: Tensor, grad_value: Tensor) -> None:
+        if self._grad is None:
+            self._grad = torch.zeros_like(self._all)
+        for to, x in zip(self._grad[where].chunk(2, 2), (grad_key, grad_value), strict=True):
+            to.add_(x.permute(2, 0, 1, 3))
+
+    def send(self, place: int) -> None:
+        """Begin to sum over the ranks what all that was `before` this place, and before place 1, has added.
+
+        What lies before the first chunk is in the ranks' first chunks: the sum over the second ones can begin earlier.
+        """
+        if self._grad is None:
+            self._grad = torch.zeros_like(self._all)
+        if self._documents is None:
+            halves = self._grad.unflatten(0, (2, self._group.size(), -1))
+            self._sums[place] = reduce_scatter_half(halves[1 - place], self._group)
+        elif place == 0:
+            in_order = self._grad.unflatten(0, (-1, self._chunk))
+            halves = torch.stack([in_order[i] for i in chunks_of_halves(self._group.size())]).unflatten(0, (2, -1))
+            self._sums = {place: reduce_scatter_half(halves[1 - place], self._group) for place in (1, 0)}
+
+    def add_sums(self, grad_key: Tensor, grad_value: Tensor) -> None:
+        """To this rank's `[c, 2·b, g, d]`, what all ranks' queries have for its keys and values."""
+        for place, wait in self._sums.items():
+            of = slice(place * self._b, (place + 1) * self._b)
+            for mine, found in zip((grad_key, grad_value), wait().chunk(2, 2), strict=True):
+                mine[:, of].add_(found)
