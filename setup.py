@@ -14,7 +14,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-KERNELS = ["prepare", "merge_diagonal", "prepare_backward", "paged_attention", "paged_chunks", "attend_hopper"]
+KERNELS = [
+    "prepare", "merge_past", "merge_diagonal", "prepare_backward", "paged_attention", "paged_chunks", "attend_hopper",
+]  # fmt: skip
 
 
 def installed_torch() -> str | None:

@@ -217,6 +217,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prepare(
   return {attention_query, attention_key, attention_value, diagonal, alpha, weight};
 }
 
+void merge_past(Tensor output, Tensor logsumexp, const Tensor& past, const Tensor& past_logsumexp) {
+  const Call call{output, "output"};
+  const Shape shape = shape_of(output, output);
+  const ScalarType type = output.scalar_type();
+  const dmc::DType dtype = kernel_dtype(output, "output");
+  const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());
+  dmc::MergePast p{shape.tokens, shape.batch, shape.heads, shape.channels};
+  p.output_stride = call.rows(output, "output", query_sizes(shape), type);
+  p.past_stride = call.rows(past, "past", query_sizes(shape), type);
+  auto strides = [&](const Tensor& x, const char* name) -> Strides {
+    call.matches(x, name, score_sizes(shape), ScalarType::Float);
+    return {x.stride(2), x.stride(0), x.stride(1)};
+  };
+  p.logsumexp_stride = strides(logsumexp, "logsumexp");
+  p.past_logsumexp_stride = strides(past_logsumexp, "past_logsumexp");
+  p.output = output.mutable_data_ptr();
+  p.past = past.const_data_ptr();
+  p.logsumexp = static_cast<float*>(logsumexp.mutable_data_ptr());
+  p.past_logsumexp = static_cast<const float*>(past_logsumexp.const_data_ptr());
+  launched(dmc::merge_past(p, dtype, call.stream()));
+}
+
 void merge_diagonal(Tensor output, Tensor logsumexp, const Tensor& diagonal, const Tensor& attention_key,
                     const Tensor& attention_value, double bias_per_channel) {
   const Call call{output, "output"};
@@ -494,6 +516,7 @@ STABLE_TORCH_LIBRARY(megatron_dmc, m) {
       "float scale, float query_channel, int noise_first_token=0, int noise_stride=0, int noise_sequences=0) -> "
       "(Tensor attention_query, Tensor attention_key, Tensor attention_value, Tensor diagonal, Tensor alpha, "
       "Tensor weight)");
+  m.def("merge_past_(Tensor(a!) output, Tensor(b!) logsumexp, Tensor past, Tensor past_logsumexp) -> ()");
   m.def(
       "merge_diagonal_(Tensor(a!) output, Tensor(b!) logsumexp, Tensor diagonal, Tensor attention_key, "
       "Tensor attention_value, float bias_per_channel) -> ()");
@@ -524,6 +547,7 @@ STABLE_TORCH_LIBRARY(megatron_dmc, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_dmc, CUDA, m) {
   m.impl("prepare", TORCH_BOX(&prepare));
+  m.impl("merge_past_", TORCH_BOX(&merge_past));
   m.impl("merge_diagonal_", TORCH_BOX(&merge_diagonal));
   m.impl("merge_diagonal_backward_", TORCH_BOX(&merge_diagonal_backward));
   m.impl("prepare_backward_", TORCH_BOX(&prepare_backward));

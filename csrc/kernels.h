@@ -62,6 +62,15 @@ struct Prepare {
   float* weight;          // [s, b, g]
 };
 
+struct MergePast {
+  int tokens, batch, heads, channels;
+  void* output;      // any strides, in place
+  const void* past;  // any strides
+  float* logsumexp;  // any strides, in place
+  const float* past_logsumexp;
+  Strides output_stride, past_stride, logsumexp_stride, past_logsumexp_stride;
+};
+
 struct MergeDiagonal {
   Shape shape;
   void* output;  // any strides, in place
@@ -186,6 +195,7 @@ int max_window(DType dtype, int channels);
 
 // Each launches one kernel and returns the launch's error.
 cudaError_t prepare(const Prepare&, DType, cudaStream_t);
+cudaError_t merge_past(const MergePast&, DType, cudaStream_t);
 cudaError_t merge_diagonal(const MergeDiagonal&, DType, cudaStream_t);
 cudaError_t merge_diagonal_backward(const MergeDiagonalBackward&, DType, cudaStream_t);
 cudaError_t prepare_backward(const PrepareBackward&, DType, cudaStream_t);

@@ -106,3 +106,32 @@ def test_extreme_decisions(fresh_seed, dtype, case):
         x[..., -1] = torch.where(torch.rand(x.shape[:3]) > 0.5, 1e4, -1e4) if case == "both" else case
     for temperature in (0.1, None):
         compare((q, k, v), rotary_tables(70, 64, device="cpu"), temperature=temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("channels", [64, 96, 128, 256])
+def test_past_is_merged(fresh_seed, dtype, channels):
+    """Every number as near as its format allows, wherever the rows lie; what is far smaller disappears."""
+    sizes = [torch.randint(1, 12, ()).item() for _ in range(3)]
+    output, past = (torch.randn(*sizes, channels).to(dtype) for _ in range(2))
+    sums, past_sums = (torch.randn(sizes[1], sizes[2], sizes[0]) * scale for scale in (1, 300))
+    exact = [torch.softmax(torch.stack([sums, past_sums]).double(), 0)[i].permute(2, 0, 1)[..., None] for i in (0, 1)]
+    exact = exact[0] * output + exact[1] * past
+    exact_sums = torch.logaddexp(sums.double(), past_sums.double())
+    strided = past.transpose(0, 1).contiguous().transpose(0, 1), past_sums.transpose(0, 2).contiguous().transpose(0, 2)
+    fused._kernels.merge_past_(output, sums, *strided)
+    step = torch.finfo(dtype).eps
+    assert ((output - exact).abs() <= step * exact.abs() / 2 + 2e-6).all()
+    assert ((sums - exact_sums).abs() <= 3e-7 * exact_sums.abs() + 3e-7).all()
+
+
+def test_past_is_refused():
+    output, sums = torch.zeros(3, 2, 4, 64), torch.zeros(2, 4, 3)
+    for arguments, message in (
+        ((output[:2], sums), r"past must be \[3, 2, 4, 64\]; got \[2, 2, 4, 64\]"),
+        ((output, sums[..., :2]), r"past_logsumexp must be \[2, 4, 3\]; got \[2, 4, 2\]"),
+        ((output.half(), sums), "past must be float32; got float16"),
+        ((output, sums.double()), "past_logsumexp must be float32; got float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused._kernels.merge_past_(output.clone(), sums.clone(), *arguments)

@@ -486,6 +486,7 @@ def test_opcheck():
         opcheck(ops.prepare, prepared)
         aq, ak, av, diagonal, alpha, weight = ops.prepare(*prepared)
         lse = torch.randn_like(diagonal)
+        opcheck(ops.merge_past_, (q.clone(), lse.clone(), torch.randn_like(q), torch.randn_like(lse)))
         opcheck(ops.merge_diagonal_, (q.clone(), lse, diagonal, ak, av, 1.0))
         grads = torch.randn_like(q), torch.randn_like(k), torch.randn_like(v)
         opcheck(

@@ -44,6 +44,7 @@ def kernels() -> None:
         )
         aq, ak, av, diagonal, alpha, weight = prepared
         output, lse, grad = torch.randn_like(query), torch.randn_like(diagonal), torch.randn_like(query)
+        ops.merge_past_(output[1:], lse[..., 1:], torch.randn_like(query)[1:], torch.randn_like(diagonal)[..., 1:])
         ops.merge_diagonal_(output, lse, diagonal, ak, av, 8 * scale)
         grads = [torch.randn_like(x) for x in (query, key, value)]
         grad_bias = ops.merge_diagonal_backward_(

@@ -21,6 +21,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from megatron_dmc.context_parallel import (
     chunks_of_halves,
+    contiguous_rows,
+    copy_rows,
     gather,
     gather_halves,
     own_chunks,
@@ -118,7 +120,7 @@ def dmc_attention_of_chunks(
             query, key, value, cos, sin, noise, group, documents, within, window, offset, temperature, interleaved,
             scale, kernel,
         )  # fmt: skip
-    return _chunks_in_line(output), _chunks_in_line(alpha)
+    return output, alpha
 
 
 def zero_out_attention_of_chunks(
@@ -203,11 +205,14 @@ def _reference(
         apart = None if documents is None else documents.apart(slice(seen - chunk, seen), seen)
         rows = (x[:seen] for x in (keys, values, bias[..., 0]))
         outputs.append(reference.attend_causally(own_query, *rows, scale, apart))
-    return torch.cat(outputs, 1).to(value.dtype), alpha[own]
+    return _chunks_in_line(torch.cat(outputs, 1).to(value.dtype)), _chunks_in_line(alpha[own])
 
 
 class _Fused(torch.autograd.Function):
-    """The same by the kernels of `fused`: what they do for a whole sequence, with earlier chunks' keys in between."""
+    """The same by the kernels of `fused`: what they do for a whole sequence, with earlier chunks' keys in between.
+
+    From chunks with borders to this rank's tokens in their order.
+    """
 
     @staticmethod
     def forward(
@@ -235,23 +240,22 @@ class _Fused(torch.autograd.Function):
         for place in (1, 0):
             for own_output, own_lse, own_query, keys, values, _ in everything.before(place, output, lse, query):
                 more, more_lse = fused.attend(kernel, own_query, keys, values, scale, causal=False)
-                both = torch.logaddexp(own_lse, more_lse)
-                keep, share = (torch.exp(x - both)[..., None] for x in (own_lse, more_lse))
-                own_output.copy_((own_output * keep).addcmul_(more, share))
-                own_lse.copy_(both)
+                fused._kernels.merge_past_(own_output.permute(2, 0, 1, 3), own_lse, more.permute(2, 0, 1, 3), more_lse)
         fused._kernels.merge_diagonal_(output, lse, diagonal, own_key, own_value, scale * channel)
         ctx.save_for_backward(
             key, value, cos, sin, query, own_key, own_value, output, lse, diagonal, alpha, weight
         )  # fmt: skip
         ctx.settings = group, documents, packing, window, temperature, interleaved, scale, kernel
         ctx.set_materialize_grads(False)
-        return output, alpha[own]
+        in_line = contiguous_rows(output.unflatten(1, (2, -1)).transpose(0, 1)).flatten(0, 1)
+        return in_line, _chunks_in_line(alpha[own])
 
     @staticmethod
     def backward(ctx, grad_output: Tensor | None, grad_alpha: Tensor | None):
         key, value, cos, sin, query, own_key, own_value, output, lse, diagonal, alpha, weight = ctx.saved_tensors
         group, documents, packing, window, temperature, interleaved, scale, kernel = ctx.settings
         own, channel = slice(window, -1), fused.query_channel(key.dtype, scale)
+        grad_output, grad_alpha = (None if x is None else _chunks_side_by_side(x) for x in (grad_output, grad_alpha))
         grad_output = torch.zeros_like(output) if grad_output is None else fused.readable(grad_output)
         everything = _Everything(own_key, own_value, group, documents)
         heads_first = map(fused.heads_first, (grad_output, query, own_key, own_value, output))
@@ -308,7 +312,9 @@ class _Everything:
     def __init__(self, key: Tensor, value: Tensor, group: Any, documents: Documents | None) -> None:
         self._group, self._documents, self._chunks = group, documents, own_chunks(group)
         self._chunk, self._b = len(key), key.shape[1] // 2
-        halves = (torch.cat([k, v], 2) for k, v in zip(key.chunk(2, 1), value.chunk(2, 1), strict=True))
+        halves = key.new_empty(2, self._chunk, self._b, 2 * key.shape[2], key.shape[3])
+        for to, x in zip(halves.chunk(2, 3), (key, value), strict=True):
+            copy_rows(to, x.unflatten(1, (2, -1)).transpose(0, 1))
         self._gathered, self._wait = gather_halves(*halves, group)
         self._all: Tensor | None = None
         self._grad: Tensor | None = None

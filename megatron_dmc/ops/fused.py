@@ -515,7 +515,7 @@ def _register_fakes() -> None:
         scalars = query.new_empty(key.shape[:3], dtype=torch.float32)
         return *rows, query.new_empty(b, h, s, dtype=torch.float32), scalars, torch.empty_like(scalars)
 
-    for name in ("merge_diagonal_", "paged_attention_", "paged_chunks_"):
+    for name in ("merge_past_", "merge_diagonal_", "paged_attention_", "paged_chunks_"):
         torch.library.register_fake(f"megatron_dmc::{name}", lambda *_: None)
 
     @torch.library.register_fake("megatron_dmc::merge_diagonal_backward_")
