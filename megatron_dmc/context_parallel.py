@@ -74,8 +74,8 @@ class _Gather(torch.autograd.Function):
 
 
 def copy_rows(to: Tensor, rows: Tensor) -> None:
-    """`to.copy_(rows)`, where strides allow it in elements of 16 bytes: torch moves transposed tensors element by element,
-    which takes twice as long with 16 bits."""
+    """`to.copy_(rows)`, where strides allow it in elements of 16 bytes: torch moves transposed tensors element by
+    element, which takes twice as long with 16 bits."""
 
     def wide(x: Tensor) -> Tensor | None:
         whole = 16 // x.element_size()
