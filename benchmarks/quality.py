@@ -116,13 +116,13 @@ class Change:
 
 
 CHANGES = {
-    "twice-the-tokens": Change(tokens=2),
     "twice-the-lr": Change(lr=2),
     "half-the-lr": Change(lr=0.5),
     "window-4": Change(("--dmc-window-size", "4")),
     "window-24": Change(("--dmc-window-size", "24")),
     "temperature-0.3": Change(("--dmc-temp", "0.3")),
     "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 15, "finetune": 10}),
+    "twice-the-tokens": Change(tokens=2),
 }
 
 
@@ -157,11 +157,14 @@ METHODS = (
 )  # fmt: skip
 """In the order in which they begin."""
 REPORTED = ("dmc-4x", "distilled-4x")
-CONTROLLED = ("twice-the-tokens", "twice-the-lr", "half-the-lr")
+CONTROLLED = ("twice-the-lr", "half-the-lr", "twice-the-tokens")
 """Changes that a control can have, too."""
-ABLATIONS = (
-    *(Method("control", 1, changed=name) for name in CONTROLLED), *(Method("dmc", 4, changed=name) for name in CHANGES)
-)  # fmt: skip
+ABLATIONS = tuple(
+    method
+    for name in CHANGES
+    for method in (Method("control", 1, changed=name), Method("dmc", 4, changed=name))
+    if method.kind == "dmc" or name in CONTROLLED
+)
 
 
 class Stopped(Exception):
