@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GPUS, HAVE_GPU
+from warm import Warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,15 +56,27 @@ class Run:
 
 
 def environment(**changes):
-    kept = {
-        k: v for k, v in os.environ.items() if not k.startswith(("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_"))
-    }
+    others = ("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PYTEST_")  # and what Megatron leaves in this process:
+    others += ("CUDA_DEVICE_MAX_CONNECTIONS", "TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_CACHE_DIR")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     path = os.pathsep.join(filter(None, [f"{ROOT}/tests/without", str(ROOT), os.environ.get("PYTHONPATH")]))
     return kept | dict(PYTHONPATH=path, PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | changes
 
 
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
+WARM = Warm(environment())
+"""For `python -m megatron_dmc` on CPUs, of one rank or several; what gets other variables has a process of its own."""
+
+
 def python(*arguments, input=None, **variables) -> Run:
     """Run `python ARGUMENTS` with environment variables changed."""
+    words = [str(word) for word in arguments]
+    ranks = 1
+    if words[:3] == LAUNCHER:
+        ranks, words = int(words[4]), words[5:]
+    usual = input is None and not HAVE_GPU and environment(**variables) == WARM.environment
+    if words[:2] == ["-m", "megatron_dmc"] and usual:
+        return Run(*WARM.run(words[2:], ranks, timeout=600))
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], env=environment(**variables), cwd=ROOT, text=True, timeout=600,
         input=input, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -81,7 +94,7 @@ def launcher(processes):
         return []
     if HAVE_GPU and processes > GPUS:
         pytest.skip(f"needs {processes} GPUs, there is {GPUS}")
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return [*LAUNCHER, "--nproc-per-node", processes]
 
 
 TRAIN = ("-m", "megatron_dmc", "train")
