@@ -82,7 +82,8 @@ class DMCCoreAttention(MegatronModule):
         self.merging = True
         """Set to `False` to append every token: the same weights, without compression."""
         self.observer: Callable[[Tensor], Any] | None = None
-        """Called with the decisions `[s, b, g]` of every pass through a cache, where someone wants to see them."""
+        """Called with the decisions `[s, b, g]` of every pass through a cache, where someone wants to see them, and of
+        every pass in training."""
         self.settings = dict(scale=softmax_scale, interleaved=config.rotary_interleaved)
         self._tp, self._cp = pg_collection.tp, pg_collection.cp
         self._exchanges_heads = get_pg_size(self._cp) > 1 and cp_comm_type == "a2a"
@@ -151,6 +152,8 @@ class DMCCoreAttention(MegatronModule):
             output, alpha = attend(query, key, value, call.rotary, temperature=dmc.dmc_temp, noise=noise, **settings)
             shares = get_pg_size(self._cp) if self._of_chunks else 1
             output = self.compression.attach(output, alpha, self.layer, shares)
+            if self.observer is not None:
+                self.observer(alpha)
             self.compression.kernel = settings["kernel"]
         else:
             output, _ = attend(query, key, value, call.rotary, **settings)

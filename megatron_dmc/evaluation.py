@@ -184,6 +184,35 @@ def loss_uncompressed(loaded: LoadedModel, windows: torch.Tensor) -> float:
     return total / windows[:, 1:].numel()
 
 
+@torch.no_grad()
+def loss_as_trained(loaded: LoadedModel, windows: torch.Tensor) -> tuple[float, float]:
+    """Mean loss per token over windows `[n, s + 1]` with training's decisions, soft and with noise, and their ratio.
+
+    Where compressed caches have a higher loss, the model has not learned decisions that hard ones can stand for.
+    """
+    layers = dmc_layers([loaded.model])
+    merged = torch.zeros((), dtype=torch.int64, device=loaded.device)
+
+    def count(alpha: torch.Tensor) -> None:
+        nonlocal merged
+        merged = merged + (alpha > 0.5).sum()
+
+    total, training = 0.0, [layer.core_attention.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.core_attention.train()
+            layer.core_attention.observer = count
+        layers[0].core_attention.compression.begin_step(0, 1)  # with noise that is the same whenever this is called
+        total = sum(_loss(loaded, rows, 0, windows.shape[1] - 1, None) for rows in _batches(windows))
+    finally:
+        for layer, before in zip(layers, training, strict=True):
+            layer.core_attention.train(before)
+            layer.core_attention.observer = None
+    tokens = windows[:, 1:].numel()
+    decisions = tokens * len(layers) * layers[0].core_attention.compression.kv_heads
+    return total / tokens, 1 / (1 - int(merged) / decisions)
+
+
 @contextlib.contextmanager
 def appending_all(loaded: LoadedModel) -> Iterator[None]:
     """While this is open, a DMC model appends every token instead of merging any."""

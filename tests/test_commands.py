@@ -152,6 +152,9 @@ def test_report(checkpoints, corpus, tmp_path):
     assert sum(n * length for length, n in enumerate(segments)) == 600 * 8  # every token is in one of them
     assert f"compressed cache        {report['loss_compressed']:.4f}" in run.output
     assert f"same, nothing merged    {report['loss_uncompressed']:.4f}" in run.output
+    as_trained = next(line for line in run.output.splitlines() if line.startswith("decisions of training")).split()
+    assert as_trained[3] == f"{report['loss_as_trained']:.4f}"
+    assert as_trained[5] == f"{report['compression_ratio_as_trained']:.2f}"
     closings = report["closings"]
     assert closings["tokens"] == 600 - 600 // 24 and closings["closings"] == sum(segments) - 8 * 600 // 24
     assert {"letter", "space ' '"} <= {row["ends_with"] for row in closings["characters"]}

@@ -35,8 +35,8 @@ def tokenizer(tmp_path_factory):
     return MegatronTokenizer.from_pretrained(str(folder), metadata_path=dict(library="huggingface"))
 
 
-def loaded_of(tokenizer, **changes):
-    dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1)
+def loaded_of(tokenizer, dmc=None, **changes):
+    dmc = dmc or DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1)
     model = gpt(config(num_layers=3), dmc, vocab_size=VOCABULARY, max_sequence_length=600).eval()
     args = dict(padded_vocab_size=VOCABULARY, seq_length=WINDOW, position_embedding_type="rope")
     return LoadedModel(model, tokenizer, SimpleNamespace(**args | changes), dmc)
@@ -383,3 +383,21 @@ def test_choosing_a_head(fresh_seed):
     for span, joins, number in zip(spans, own, segment, strict=True):
         assert span["className"] == ("merged " if joins else "") + ("odd" if number % 2 else "even")
         assert span["firstChild"]["textContent"] == ("" if joins else "|")
+
+
+def test_decisions_of_training(tokenizer, fresh_seed):
+    """Without noise and softness they are those of a compressed cache; with noise the same ones every time."""
+    from megatron_dmc.evaluation import loss_as_trained, loss_compressed
+
+    windows = random_windows(tokenizer, 3)
+    sharp = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_temp=1e-7, dmc_noise=False)
+    loaded = loaded_of(tokenizer, sharp)
+    compressed = loss_compressed(loaded, windows)
+    assert compressed.ratio > 1.2
+    assert loss_as_trained(loaded, windows) == pytest.approx((compressed.loss, compressed.ratio), rel=1e-5)
+    noisy = loaded_of(tokenizer)
+    found = loss_as_trained(noisy, windows)
+    assert found == loss_as_trained(noisy, windows)
+    compressed = loss_compressed(noisy, windows)
+    assert abs(found[0] - compressed.loss) > 1e-4 and found[1] > 1.2
+    assert not any(module.training for module in noisy.model.modules())

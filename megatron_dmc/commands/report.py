@@ -19,9 +19,10 @@ examples:
 
 CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. Each window
 of --seq-length tokens is read through an empty cache that hard decisions compress, and by the same model where every
-token is appended (nothing merged). --output receives report.json and report.png: ratio per layer and head, how many
-tokens an entry stands for, and which characters end these segments; and report.html: the beginning of the text with the
-segments that every layer and head made of it."""
+token is appended (nothing merged) and with training's decisions, soft and with noise: a lower loss with these than
+through the cache says that decisions are not settled. --output receives report.json and report.png: ratio per layer and
+head, how many tokens an entry stands for, and which characters end these segments; and report.html: the beginning of
+the text with the segments that every layer and head made of it."""
 
 LEAST_TOKENS = 100
 """Fewer tokens give a character no rate. The standard error of a rate of so many independent tokens is at most 0.05,
@@ -60,7 +61,13 @@ def main() -> None:
         raise DMCError("report runs in one process: start it without torchrun")
     emulate_cuda()
     from megatron_dmc.checkpoint import load
-    from megatron_dmc.evaluation import check_positions, loss_compressed, loss_uncompressed, read_windows
+    from megatron_dmc.evaluation import (
+        check_positions,
+        loss_as_trained,
+        loss_compressed,
+        loss_uncompressed,
+        read_windows,
+    )
     from megatron_dmc.report_page import page
     from megatron_dmc.report_picture import draw
     from megatron_dmc.token_text import TokenText
@@ -72,7 +79,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     compressed = loss_compressed(loaded, windows)
     report = {"checkpoint": args.checkpoint} | summary(
-        compressed, loss_uncompressed(loaded, windows), length, loaded.dmc
+        compressed, loss_uncompressed(loaded, windows), loss_as_trained(loaded, windows), length, loaded.dmc
     )
     written = [args.output / name for name in ("report.json", "report.png", "report.html")]
     try:
@@ -90,12 +97,13 @@ def main() -> None:
     print(f"\nwrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
 
 
-def summary(compressed, loss_uncompressed: float, window: int, dmc) -> dict:
+def summary(compressed, loss_uncompressed: float, as_trained: tuple[float, float], window: int, dmc) -> dict:
     """What report.json holds of the text as a whole: losses in nats, with merging and without, and every ratio.
 
     Args:
         compressed: a `Compressed` of windows of `window` tokens.
         loss_uncompressed: of the same windows.
+        as_trained: loss and ratio of the same windows with training's decisions (`loss_as_trained`).
         dmc: the model's `DMCConfig`.
     """
     from megatron_dmc.evaluation import perplexity
@@ -105,8 +113,11 @@ def summary(compressed, loss_uncompressed: float, window: int, dmc) -> dict:
         "compression_ratio": compressed.ratio,
         "loss_compressed": compressed.loss,
         "loss_uncompressed": loss_uncompressed,
+        "loss_as_trained": as_trained[0],
+        "compression_ratio_as_trained": as_trained[1],
         "perplexity_compressed": perplexity(compressed.loss),
         "perplexity_uncompressed": perplexity(loss_uncompressed),
+        "perplexity_as_trained": perplexity(as_trained[0]),
         "tokens": compressed.tokens,
         "window": window,
         "cache_bytes": compressed.entry_bytes,
@@ -174,6 +185,8 @@ def table(report: dict) -> str:
         f"{report['compression_ratio']:8.2f}",
         f"{'same, nothing merged':22}{report['loss_uncompressed']:8.4f}{report['perplexity_uncompressed']:12.3f}"
         f"{1:8.2f}",
+        f"{'decisions of training':22}{report['loss_as_trained']:8.4f}{report['perplexity_as_trained']:12.3f}"
+        f"{report['compression_ratio_as_trained']:8.2f}",
         f"{'target':50}"[:42] + f"{report['target_ratio']:8.2f}",
         "",
         "ratio by layer" + "".join(f"{f'head {h}':>9}" for h in range(len(ratios[0]))),
