@@ -55,12 +55,18 @@ class Run:
         return [step[name] for _, step in sorted(self.steps.items())]
 
 
-def environment(**changes):
-    others = ("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PYTEST_")  # and what Megatron leaves in this process:
-    others += ("CUDA_DEVICE_MAX_CONNECTIONS", "TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_CACHE_DIR")
+def _started_with():
+    others = ("DMC_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PYTEST_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     path = os.pathsep.join(filter(None, [f"{ROOT}/tests/without", str(ROOT), os.environ.get("PYTHONPATH")]))
-    return kept | dict(PYTHONPATH=path, PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") | changes
+    return kept | dict(PYTHONPATH=path, PYTHONWARNINGS="ignore", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+
+
+_STARTED_WITH = _started_with()  # later, Megatron has left variables of its own in this process
+
+
+def environment(**changes):
+    return _STARTED_WITH | changes
 
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone"]
@@ -74,8 +80,7 @@ def python(*arguments, input=None, **variables) -> Run:
     ranks = 1
     if words[:3] == LAUNCHER:
         ranks, words = int(words[4]), words[5:]
-    usual = input is None and not HAVE_GPU and environment(**variables) == WARM.environment
-    if words[:2] == ["-m", "megatron_dmc"] and usual:
+    if words[:2] == ["-m", "megatron_dmc"] and input is None and not variables and not HAVE_GPU:
         return Run(*WARM.run(words[2:], ranks, timeout=600))
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], env=environment(**variables), cwd=ROOT, text=True, timeout=600,
