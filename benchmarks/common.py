@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -97,10 +98,12 @@ def circumstances(commit: str | None = None) -> dict:
 
 
 def save(result: dict, path: str | Path) -> None:
-    path = Path(path)
+    """As JSON, lists of numbers in a line each."""
+    path, text = Path(path), json.dumps(result, indent=1)
+    text = re.sub(r"\[\n[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.write_text(text + "\n")
     partial.rename(path)
     print(f"written to {path}")
 

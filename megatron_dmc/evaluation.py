@@ -197,7 +197,7 @@ def loss_as_trained(loaded: LoadedModel, windows: torch.Tensor) -> tuple[float, 
         nonlocal merged
         merged = merged + (alpha > 0.5).sum()
 
-    total, training = 0.0, [layer.core_attention.training for layer in layers]
+    training = [layer.core_attention.training for layer in layers]
     try:
         for layer in layers:
             layer.core_attention.train()

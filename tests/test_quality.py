@@ -380,3 +380,14 @@ def test_a_stopped_benchmark_goes_on(tmp_path, monkeypatch, capsys):
     assert start()[0] == 0 and start()[0] == 0 and asked[-1] == "runs" and asked.count("runs") == 2
     with pytest.raises(SystemExit, match="was begun with"):
         start("--lr", "1")
+
+
+def test_lists_of_numbers_are_saved_in_a_line(tmp_path):
+    from benchmarks.common import save
+
+    result = dict(
+        loss=[0.5, -1e-07, 3], answers={"4": [True, False]}, names=["a  [1,  2]", "b"], nothing=[], deep=[[1, 2], [3]]
+    )
+    save(result, tmp_path / "result.json")
+    text = (tmp_path / "result.json").read_text()
+    assert json.loads(text) == result and "0.5, -1e-07, 3 ]" in text and "true, false ]" in text

@@ -4,7 +4,7 @@ Short runs are mostly imports, and the tests have hundreds of them, of several r
 process of its own: it gets its arguments, environment and output, and ends as an interpreter ends. Not for GPUs, which
 do not survive a fork, nor for what is to be tried at the start of a process.
 
-    Warm().run(arguments, environment, ranks, timeout) -> (exit code, output)
+    Warm(environment).run(arguments, ranks, timeout) -> (exit code, output)
 
 This file is both ends: the tests' (`Warm`), and run as a script the process that forks. Between them go lines of JSON.
 """
@@ -73,6 +73,7 @@ def main() -> list[str] | None:
                 become_rank(rank, port, job)
                 return job["arguments"]
             children[child] = rank
+            os.setpgid(child, child)  # whichever of the two is first: a rank can be ended from now on
         print(json.dumps(wait(children, time.monotonic() + job["timeout"])), file=answers, flush=True)
     return None
 
