@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -185,12 +185,17 @@ def loss_uncompressed(loaded: LoadedModel, windows: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def loss_as_trained(loaded: LoadedModel, windows: torch.Tensor) -> tuple[float, float]:
+def loss_as_trained(loaded: LoadedModel, windows: torch.Tensor, *, hard: bool = False) -> tuple[float, float]:
     """Mean loss per token over windows `[n, s + 1]` with training's decisions, soft and with noise, and their ratio.
 
-    Where compressed caches have a higher loss, the model has not learned decisions that hard ones can stand for.
+    Where compressed caches have a higher loss, the model has not learned decisions that hard ones can stand for: it
+    reads entries that count as merged while a soft decision leaves something of them, or it relies on the noise.
+    `hard` decisions of the same noise tell the two apart: what they cost over soft ones is due to the first, what
+    compressed caches cost over them to the second.
     """
     layers = dmc_layers([loaded.model])
+    compression = layers[0].core_attention.compression
+    config = compression.config
     merged = torch.zeros((), dtype=torch.int64, device=loaded.device)
 
     def count(alpha: torch.Tensor) -> None:
@@ -199,17 +204,20 @@ def loss_as_trained(loaded: LoadedModel, windows: torch.Tensor) -> tuple[float, 
 
     training = [layer.core_attention.training for layer in layers]
     try:
+        if hard:
+            compression.config = replace(config, dmc_temp=1e-6)
         for layer in layers:
             layer.core_attention.train()
             layer.core_attention.observer = count
-        layers[0].core_attention.compression.begin_step(0, 1)  # with noise that is the same whenever this is called
+        compression.begin_step(0, 1)  # with noise that is the same whenever this is called
         total = sum(_loss(loaded, rows, 0, windows.shape[1] - 1, None) for rows in _batches(windows))
     finally:
+        compression.config = config
         for layer, before in zip(layers, training, strict=True):
             layer.core_attention.train(before)
             layer.core_attention.observer = None
     tokens = windows[:, 1:].numel()
-    decisions = tokens * len(layers) * layers[0].core_attention.compression.kv_heads
+    decisions = tokens * len(layers) * compression.kv_heads
     return total / tokens, 1 / (1 - int(merged) / decisions)
 
 

@@ -155,6 +155,9 @@ def test_report(checkpoints, corpus, tmp_path):
     as_trained = next(line for line in run.output.splitlines() if line.startswith("decisions of training")).split()
     assert as_trained[3] == f"{report['loss_as_trained']:.4f}"
     assert as_trained[5] == f"{report['compression_ratio_as_trained']:.2f}"
+    hard = next(line for line in run.output.splitlines() if line.startswith("same, but hard")).split()
+    assert hard[3] == f"{report['loss_hard_with_noise']:.4f}" != as_trained[3]
+    assert hard[5] == f"{report['compression_ratio_hard_with_noise']:.2f}"
     closings = report["closings"]
     assert closings["tokens"] == 600 - 600 // 24 and closings["closings"] == sum(segments) - 8 * 600 // 24
     assert {"letter", "space ' '"} <= {row["ends_with"] for row in closings["characters"]}

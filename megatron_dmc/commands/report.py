@@ -79,7 +79,12 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     compressed = loss_compressed(loaded, windows)
     report = {"checkpoint": args.checkpoint} | summary(
-        compressed, loss_uncompressed(loaded, windows), loss_as_trained(loaded, windows), length, loaded.dmc
+        compressed,
+        loss_uncompressed(loaded, windows),
+        loss_as_trained(loaded, windows),
+        loss_as_trained(loaded, windows, hard=True),
+        length,
+        loaded.dmc,
     )
     written = [args.output / name for name in ("report.json", "report.png", "report.html")]
     try:
@@ -97,13 +102,21 @@ def main() -> None:
     print(f"\nwrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
 
 
-def summary(compressed, loss_uncompressed: float, as_trained: tuple[float, float], window: int, dmc) -> dict:
+def summary(
+    compressed,
+    loss_uncompressed: float,
+    as_trained: tuple[float, float],
+    hard_with_noise: tuple[float, float],
+    window: int,
+    dmc,
+) -> dict:
     """What report.json holds of the text as a whole: losses in nats, with merging and without, and every ratio.
 
     Args:
         compressed: a `Compressed` of windows of `window` tokens.
         loss_uncompressed: of the same windows.
         as_trained: loss and ratio of the same windows with training's decisions (`loss_as_trained`).
+        hard_with_noise: the same with hard ones, of the same noise.
         dmc: the model's `DMCConfig`.
     """
     from megatron_dmc.evaluation import perplexity
@@ -115,9 +128,12 @@ def summary(compressed, loss_uncompressed: float, as_trained: tuple[float, float
         "loss_uncompressed": loss_uncompressed,
         "loss_as_trained": as_trained[0],
         "compression_ratio_as_trained": as_trained[1],
+        "loss_hard_with_noise": hard_with_noise[0],
+        "compression_ratio_hard_with_noise": hard_with_noise[1],
         "perplexity_compressed": perplexity(compressed.loss),
         "perplexity_uncompressed": perplexity(loss_uncompressed),
         "perplexity_as_trained": perplexity(as_trained[0]),
+        "perplexity_hard_with_noise": perplexity(hard_with_noise[0]),
         "tokens": compressed.tokens,
         "window": window,
         "cache_bytes": compressed.entry_bytes,
@@ -187,6 +203,8 @@ def table(report: dict) -> str:
         f"{1:8.2f}",
         f"{'decisions of training':22}{report['loss_as_trained']:8.4f}{report['perplexity_as_trained']:12.3f}"
         f"{report['compression_ratio_as_trained']:8.2f}",
+        f"{'same, but hard':22}{report['loss_hard_with_noise']:8.4f}{report['perplexity_hard_with_noise']:12.3f}"
+        f"{report['compression_ratio_hard_with_noise']:8.2f}",
         f"{'target':50}"[:42] + f"{report['target_ratio']:8.2f}",
         "",
         "ratio by layer" + "".join(f"{f'head {h}':>9}" for h in range(len(ratios[0]))),
