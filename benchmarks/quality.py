@@ -116,11 +116,11 @@ class Change:
 
 
 CHANGES = {
+    "temperature-0.02": Change(("--dmc-temp", "0.02")),
     "twice-the-lr": Change(lr=2),
     "half-the-lr": Change(lr=0.5),
     "window-4": Change(("--dmc-window-size", "4")),
     "window-24": Change(("--dmc-window-size", "24")),
-    "temperature-0.3": Change(("--dmc-temp", "0.3")),
     "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 15, "finetune": 10}),
     "twice-the-tokens": Change(tokens=2),
 }
