@@ -167,7 +167,7 @@ def evaluate(size: Size, output: Path, data: str) -> None:
     emulate_cuda()
     from megatron_dmc.checkpoint import load
     from megatron_dmc.commands.report import closings, summary, table
-    from megatron_dmc.evaluation import loss_as_trained, loss_compressed, loss_uncompressed, read_windows
+    from megatron_dmc.evaluation import loss_compressed, loss_uncompressed, read_windows
     from megatron_dmc.report_picture import draw
     from megatron_dmc.token_text import TokenText
 
@@ -178,8 +178,7 @@ def evaluate(size: Size, output: Path, data: str) -> None:
         losses[name] = loss_uncompressed(loaded, windows)
     loaded = load(output / "finetune")
     compressed = loss_compressed(loaded, windows)
-    without, as_trained = loss_uncompressed(loaded, windows), loss_as_trained(loaded, windows)
-    report = summary(compressed, without, as_trained, size.seq_length, loaded.dmc)
+    report = summary(loaded, windows, compressed)
     report["closings"] = closings(compressed, TokenText(loaded.tokenizer))
     cost = report["loss_compressed"] / losses["control"] - 1
     print(f"\n{table(report)}\n")

@@ -61,13 +61,7 @@ def main() -> None:
         raise DMCError("report runs in one process: start it without torchrun")
     emulate_cuda()
     from megatron_dmc.checkpoint import load
-    from megatron_dmc.evaluation import (
-        check_positions,
-        loss_as_trained,
-        loss_compressed,
-        loss_uncompressed,
-        read_windows,
-    )
+    from megatron_dmc.evaluation import check_positions, loss_compressed, read_windows
     from megatron_dmc.report_page import page
     from megatron_dmc.report_picture import draw
     from megatron_dmc.token_text import TokenText
@@ -78,14 +72,7 @@ def main() -> None:
     windows = read_windows(loaded, length, text=args.text, data=args.data_path, limit=args.max_tokens)
     args.output.mkdir(parents=True, exist_ok=True)
     compressed = loss_compressed(loaded, windows)
-    report = {"checkpoint": args.checkpoint} | summary(
-        compressed,
-        loss_uncompressed(loaded, windows),
-        loss_as_trained(loaded, windows),
-        loss_as_trained(loaded, windows, hard=True),
-        length,
-        loaded.dmc,
-    )
+    report = {"checkpoint": args.checkpoint} | summary(loaded, windows, compressed)
     written = [args.output / name for name in ("report.json", "report.png", "report.html")]
     try:
         text = TokenText(loaded.tokenizer)
@@ -102,40 +89,33 @@ def main() -> None:
     print(f"\nwrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
 
 
-def summary(
-    compressed,
-    loss_uncompressed: float,
-    as_trained: tuple[float, float],
-    hard_with_noise: tuple[float, float],
-    window: int,
-    dmc,
-) -> dict:
+def summary(loaded, windows, compressed) -> dict:
     """What report.json holds of the text as a whole: losses in nats, with merging and without, and every ratio.
 
     Args:
-        compressed: a `Compressed` of windows of `window` tokens.
-        loss_uncompressed: of the same windows.
-        as_trained: loss and ratio of the same windows with training's decisions (`loss_as_trained`).
-        hard_with_noise: the same with hard ones, of the same noise.
-        dmc: the model's `DMCConfig`.
+        loaded: the model, a `LoadedModel`.
+        windows: `[n, s + 1]` tokens.
+        compressed: what they are through compressed caches (`loss_compressed`).
     """
-    from megatron_dmc.evaluation import perplexity
+    from megatron_dmc.evaluation import loss_as_trained, loss_uncompressed, perplexity
 
+    unmerged, as_trained = loss_uncompressed(loaded, windows), loss_as_trained(loaded, windows)
+    hard_with_noise = loss_as_trained(loaded, windows, hard=True)
     return {
-        "target_ratio": dmc.dmc_cr,
+        "target_ratio": loaded.dmc.dmc_cr,
         "compression_ratio": compressed.ratio,
         "loss_compressed": compressed.loss,
-        "loss_uncompressed": loss_uncompressed,
+        "loss_uncompressed": unmerged,
         "loss_as_trained": as_trained[0],
         "compression_ratio_as_trained": as_trained[1],
         "loss_hard_with_noise": hard_with_noise[0],
         "compression_ratio_hard_with_noise": hard_with_noise[1],
         "perplexity_compressed": perplexity(compressed.loss),
-        "perplexity_uncompressed": perplexity(loss_uncompressed),
+        "perplexity_uncompressed": perplexity(unmerged),
         "perplexity_as_trained": perplexity(as_trained[0]),
         "perplexity_hard_with_noise": perplexity(hard_with_noise[0]),
         "tokens": compressed.tokens,
-        "window": window,
+        "window": windows.shape[1] - 1,
         "cache_bytes": compressed.entry_bytes,
         "cache_bytes_uncompressed": round(compressed.entry_bytes * compressed.ratio),
         "ratio_by_layer_and_head": compressed.ratios.tolist(),
