@@ -205,7 +205,7 @@ def loss_as_trained(loaded: LoadedModel, windows: torch.Tensor, *, hard: bool = 
     training = [layer.core_attention.training for layer in layers]
     try:
         if hard:
-            compression.config = replace(config, dmc_temp=1e-6)
+            compression.config = replace(config, dmc_temp=1e-6)  # soft ones only where a logit is as good as 0
         for layer in layers:
             layer.core_attention.train()
             layer.core_attention.observer = count

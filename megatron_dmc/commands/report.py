@@ -20,9 +20,11 @@ examples:
 CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. Each window
 of --seq-length tokens is read through an empty cache that hard decisions compress, and by the same model where every
 token is appended (nothing merged) and with training's decisions, soft and with noise: a lower loss with these than
-through the cache says that decisions are not settled. --output receives report.json and report.png: ratio per layer and
-head, how many tokens an entry stands for, and which characters end these segments; and report.html: the beginning of
-the text with the segments that every layer and head made of it."""
+through the cache says that decisions are not settled. Hard decisions with the same noise tell why: if they cost more
+than soft ones, the model reads entries that count as merged; if the cache costs more than they do, it relies on noise.
+--output receives report.json and report.png: ratio per layer and head, how many tokens an entry stands for, and which
+characters end these segments; and report.html: the beginning of the text with the segments that every layer and head
+made of it."""
 
 LEAST_TOKENS = 100
 """Fewer tokens give a character no rate. The standard error of a rate of so many independent tokens is at most 0.05,
@@ -173,19 +175,21 @@ def typical_head(compressed) -> tuple[int, int]:
 def table(report: dict) -> str:
     """The report as lines for a terminal."""
     ratios = report["ratio_by_layer_and_head"]
+    losses = (
+        ("compressed cache", "compressed", report["compression_ratio"]),
+        ("same, nothing merged", "uncompressed", 1),
+        ("decisions of training", "as_trained", report["compression_ratio_as_trained"]),
+        ("same, but hard", "hard_with_noise", report["compression_ratio_hard_with_noise"]),
+    )
     lines = [
         f"{report['tokens']:,} held-out tokens in windows of {report['window']}",
         "",
         f"{'':22}{'loss':>8}{'perplexity':>12}{'ratio':>8}",
-        f"{'compressed cache':22}{report['loss_compressed']:8.4f}{report['perplexity_compressed']:12.3f}"
-        f"{report['compression_ratio']:8.2f}",
-        f"{'same, nothing merged':22}{report['loss_uncompressed']:8.4f}{report['perplexity_uncompressed']:12.3f}"
-        f"{1:8.2f}",
-        f"{'decisions of training':22}{report['loss_as_trained']:8.4f}{report['perplexity_as_trained']:12.3f}"
-        f"{report['compression_ratio_as_trained']:8.2f}",
-        f"{'same, but hard':22}{report['loss_hard_with_noise']:8.4f}{report['perplexity_hard_with_noise']:12.3f}"
-        f"{report['compression_ratio_hard_with_noise']:8.2f}",
-        f"{'target':50}"[:42] + f"{report['target_ratio']:8.2f}",
+        *(
+            f"{label:22}{report[f'loss_{name}']:8.4f}{report[f'perplexity_{name}']:12.3f}{ratio:8.2f}"
+            for label, name, ratio in losses
+        ),
+        f"{'target':42}{report['target_ratio']:8.2f}",
         "",
         "ratio by layer" + "".join(f"{f'head {h}':>9}" for h in range(len(ratios[0]))),
     ]
