@@ -58,7 +58,8 @@ class DMCCall:
 class DMCCoreAttention(MegatronModule):
     """Decisions, merging, rotation and attention of one layer.
 
-    In training, soft decisions with noise; in evaluation, hard ones; with a cache, hard ones against its entries.
+    In training, soft decisions with noise, but for the stage finetune; otherwise hard ones; with a cache, hard ones
+    against its entries.
 
     Args:
         config, layer_number: as for any core attention of Megatron; `layer_number` counts from 1.
@@ -148,8 +149,9 @@ class DMCCoreAttention(MegatronModule):
         settings["documents"] = call.documents
         settings |= self._of_chunks
         if self.training:
-            noise = self._noise(key) if dmc.dmc_noise else None
-            output, alpha = attend(query, key, value, call.rotary, temperature=dmc.dmc_temp, noise=noise, **settings)
+            noise = self._noise(key) if dmc.soft and dmc.dmc_noise else None
+            temperature = dmc.dmc_temp if dmc.soft else None
+            output, alpha = attend(query, key, value, call.rotary, temperature=temperature, noise=noise, **settings)
             shares = get_pg_size(self._cp) if self._of_chunks else 1
             output = self.compression.attach(output, alpha, self.layer, shares)
             if self.observer is not None:

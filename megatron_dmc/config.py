@@ -44,6 +44,9 @@ class DMCConfig:
     dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
     dmc_temp: float = _setting(0.1, "temperature of the Gumbel-sigmoid decisions in training")
     dmc_noise: bool = _setting(True, "draw Gumbel noise for the decisions in training (off only to compare runs)")
+    dmc_hard_finetune: bool = _setting(
+        True, "train the stage finetune on the hard decisions of inference (off: soft ones with noise, as published)"
+    )
     dmc_kernel: str = _setting(
         "auto", f"what attention runs on in training: auto, {', '.join(KERNELS)} (auto: the fastest that can)"
     )
@@ -63,13 +66,19 @@ class DMCConfig:
         number("dmc_temp", "a positive temperature", lambda x: 0 < x < float("inf"))
         if self.dmc_kernel != "auto" and self.dmc_kernel not in KERNELS:
             raise DMCError(f"dmc_kernel must be auto or one of {', '.join(KERNELS)}; got {self.dmc_kernel!r}")
-        if not isinstance(self.dmc_noise, bool):
-            raise DMCError(f"dmc_noise must be true or false; got {self.dmc_noise!r}")
+        for name in ("dmc_noise", "dmc_hard_finetune"):
+            if not isinstance(getattr(self, name), bool):
+                raise DMCError(f"{name} must be true or false; got {getattr(self, name)!r}")
 
     @property
     def merges(self) -> bool:
         """Whether tokens merge in this stage, as opposed to the last channel only fading out."""
         return self.dmc_stage in ("retrofit", "finetune")
+
+    @property
+    def soft(self) -> bool:
+        """Whether this stage trains on soft decisions, as opposed to those of inference."""
+        return self.dmc_stage != "finetune" or not self.dmc_hard_finetune
 
     @classmethod
     def from_args(cls, args: Any) -> DMCConfig:

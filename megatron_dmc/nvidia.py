@@ -87,7 +87,7 @@ class Legacy:
             stage = "zero-out"
         elif getattr(self.args, "dmc_finetune", False):
             stage = "finetune"
-        return DMCConfig(dmc_stage=stage, **given)
+        return DMCConfig(dmc_stage=stage, dmc_hard_finetune=False, **given)
 
     def architecture(self) -> Architecture:
         """The model that the arguments describe.
