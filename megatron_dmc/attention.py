@@ -136,7 +136,7 @@ class DMCCoreAttention(MegatronModule):
             )  # fmt: skip
 
         settings = dict(
-            self.settings, window=dmc.dmc_window_size, offset=dmc.dmc_init_val if self.merging else math.inf
+            self.settings, window=dmc.dmc_window_size, offset=self.compression.offset if self.merging else math.inf
         )
         if call.cache is not None:
             output, alpha = dmc_attention_cached(query, key, value, call.rotary, call.cache, **settings)

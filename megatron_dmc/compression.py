@@ -5,6 +5,10 @@ sequences, and `p_n = 1 - 1/CR_n` the share asked for. Its gradient is one const
 `m̄ < p_n`, and nothing after. So a layer needs one bit to add its own gradient: the language-model loss of any script
 stays untouched, pipeline stages exchange nothing inside a step, and the gradient does not depend on the layout. The
 bit comes from the step before, reduced over all ranks once per step.
+
+The stage `finetune` trains on the hard decisions of inference: on soft ones, a model learns to read what they leave of
+entries that count as merged. Hard ones have no gradient. They stay what `retrofit` made of them, while weights change
+around them, and what holds the ratio is the offset `c`: after every step it moves by the difference of `m̄` and `p`.
 """
 
 from __future__ import annotations
@@ -22,6 +26,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise
+
+GAIN = 1.0
+"""By how much the offset moves for a share of merged tokens that is off by 1. It settles as long as less than a share
+of 1 / GAIN of all logits lies within one unit around the threshold, and does not overshoot below a quarter of that."""
 
 _NOISE = "dmc-noise-"
 """How the names of layers' states begin among Megatron's."""
@@ -88,6 +96,8 @@ class Compression:
         self.target = 1.0
         self.last_channel = 1.0
         self.merge_rate: Tensor | float = 0.0  # m̄ of the last step; a tensor once a step has run
+        self.offset = config.dmc_init_val
+        """The offset `c` of decisions and importance; it moves where the stage finetune trains on hard decisions."""
         self.kernel: str | None = None
         """What attention ran on last in training, one of `config.KERNELS`."""
         self.rotary_tables: tuple | None = None
@@ -166,7 +176,8 @@ class Compression:
         return _Attach.apply(output, alpha, self, layer, shares)
 
     def end_step(self) -> StepReport | None:
-        """Reduce the counts over all ranks and set the bit for the next step; `None` if no decision was made."""
+        """Reduce the counts over all ranks and set the bit, or the offset, for the next step; `None` if no decision was
+        made."""
         _forget_noise()
         if not self.config.merges:
             return None
@@ -178,6 +189,9 @@ class Compression:
             torch.distributed.all_reduce(counts)
         merged, tokens = counts
         self.merge_rate = merged.sum() / tokens.sum()
+        if not self.config.soft:
+            # Waits for the device, as Megatron has done in this step for the gradient's norm.
+            self.offset += GAIN * (float(self.merge_rate) - self.merge_target)
         self._counts = None
         return StepReport(
             loss=(self.merge_target - self.merge_rate).clamp(min=0),

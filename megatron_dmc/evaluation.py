@@ -312,7 +312,7 @@ def _decisions(loaded: LoadedModel) -> Iterator[list[torch.Tensor]]:
 
     def look(core, arguments) -> None:
         key = arguments[1]
-        offset = core.compression.config.dmc_init_val if core.merging else math.inf
+        offset = core.compression.offset if core.merging else math.inf
         found.append(decision_logits(key, offset) > 0)
 
     handles = [

@@ -8,6 +8,7 @@ The loop has no callback for a step's begin and end, so `install` wraps function
 - `evaluate`: the schedule, for a run that only evaluates.
 - `save_checkpoint`, `check_checkpoint_args`: the share of merged tokens, on which the next step's loss depends,
   travels with the arguments that Megatron saves. What `--save-retain-interval` deletes has two whole ones after it.
+- `_load_base_checkpoint`: so does the offset, for a stage that begins from a checkpoint as well.
 - `read_metadata`: a run goes on from the latest checkpoint that is whole (`megatron_dmc.resume`).
 
 A loop of one's own calls `Compression.begin_step` and `end_step` instead.
@@ -78,6 +79,7 @@ def install(compression: Compression) -> None:
     _wrap(training, "evaluate", _evaluate)
     _wrap(training, "save_checkpoint", _save_checkpoint)
     _wrap(checkpointing, "check_checkpoint_args", _check_checkpoint_args)
+    _wrap(checkpointing, "_load_base_checkpoint", _load_base_checkpoint)
     _wrap(checkpointing, "read_metadata", _read_metadata)
 
 
@@ -207,10 +209,17 @@ def _train_step(original, forward_step_func, data_iterator, model, optimizer, *a
     return losses, *rest
 
 
-def _begin_training(compression: Compression, model: list, iteration: int) -> None:
+def _take_up(compression: Compression) -> None:
+    """What the loaded checkpoint, if any, says beside weights."""
     from megatron.training.global_vars import get_args
 
-    compression.merge_rate = getattr(get_args(), MERGE_RATE, 0.0)
+    args = get_args()
+    compression.merge_rate = getattr(args, MERGE_RATE, 0.0)
+    compression.offset = args.dmc_init_val
+
+
+def _begin_training(compression: Compression, model: list, iteration: int) -> None:
+    _take_up(compression)
     begins = compression.config.dmc_stage == "retrofit" and iteration == 0
     if begins and any(not layer.importance_is_zeroed() for layer in dmc_layers(model)):
         warnings.warn(
@@ -254,6 +263,7 @@ def _evaluate(original, forward_step_func, data_iterator, model, *args, **kwargs
         from megatron.training.global_vars import get_args
 
         settings = get_args()
+        _take_up(compression)
         compression.begin_step(settings.iteration, settings.train_iters or 0)
         compression.iteration = None  # training has not begun
     return original(forward_step_func, data_iterator, model, *args, **kwargs)
@@ -266,7 +276,10 @@ def _save_checkpoint(original, iteration, model, *args, **kwargs):
     from megatron.training.global_vars import get_args
 
     settings = get_args()
+    if compression.iteration is None:
+        _take_up(compression)
     setattr(settings, MERGE_RATE, float(compression.merge_rate))
+    settings.dmc_init_val = compression.offset
     result = original(iteration, model, *args, **kwargs)
     interval = getattr(settings, RETAIN_INTERVAL, None)
     if interval is not None and settings.rank == 0 and settings.save and "://" not in settings.save:
@@ -338,6 +351,20 @@ def _on_rank_0(do: Callable[[], Any]) -> Any:
     return found[0]
 
 
+def _load_base_checkpoint(original, *positional, **named):
+    """A stage that merges takes up the offset of a checkpoint that does: it may have moved in the stage finetune."""
+    from megatron.training.global_vars import get_args
+    from megatron.training.utils import print_rank_0
+
+    found = original(*positional, **named)
+    args, saved = get_args(), (found[0] or {}).get("args")
+    merging = [DMCConfig.from_args(x).merges for x in (args, saved) if x is not None]
+    if merging == [True, True] and saved.dmc_init_val != args.dmc_init_val:
+        print_rank_0(f"> DMC's offset is the checkpoint's, {saved.dmc_init_val}, not {args.dmc_init_val}")
+        args.dmc_init_val = saved.dmc_init_val
+    return found
+
+
 def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
     """On resuming (not with `--finetune`): take up the merge rate, and refuse another stage or another form of DMC."""
     from megatron.training.global_vars import get_args
@@ -349,10 +376,10 @@ def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
             f"the checkpoint is from stage {saved_stage or 'none (not trained with DMC)'}, this run is stage "
             f"{args.dmc_stage}: add --finetune to begin the stage from its weights"
         )
-    for name in ("dmc_init_val", "dmc_window_size"):
-        if getattr(checkpoint_args, name) != getattr(args, name):
-            raise DMCError(
-                f"the checkpoint was trained with {name} {getattr(checkpoint_args, name)}; got {getattr(args, name)}"
-            )
+    if checkpoint_args.dmc_window_size != args.dmc_window_size:
+        raise DMCError(
+            f"the checkpoint was trained with dmc_window_size {checkpoint_args.dmc_window_size}; got "
+            f"{args.dmc_window_size}"
+        )
     setattr(args, MERGE_RATE, getattr(checkpoint_args, MERGE_RATE, 0.0))
     return original(checkpoint_args, *rest, **kwargs)

@@ -11,7 +11,7 @@ from megatron_dmc.ops.documents import Documents
 
 
 def stage(name, **changes):
-    return DMCConfig(dmc_stage=name, **changes)
+    return DMCConfig(dmc_stage=name, **dict(dmc_hard_finetune=False) | changes)
 
 
 def test_schedule_of_the_stages():
@@ -80,6 +80,29 @@ def test_the_loss_is_one_sided_and_follows_the_step_before():
     assert step(compression, [too_little])[0].unique().tolist() == [0]  # the step before compressed enough
     assert compression.end_step().loss == pytest.approx(0.5)
     assert step(compression, [too_little])[0].unique().tolist() == [-1 / 8]
+
+
+@pytest.mark.parametrize("begin", [2.0, 8.0])
+def test_the_offset_holds_the_ratio_of_hard_decisions(fresh_seed, begin):
+    torch.manual_seed(fresh_seed)
+    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True, dmc_init_val=begin), 1, 2)
+    keys = 5 + 4 * torch.randn(2048, 2, 2)
+    for i in range(300):
+        compression.begin_step(i, 300)
+        decisions, before = (keys > compression.offset).float(), compression.offset
+        step(compression, [decisions])
+        report = compression.end_step()
+        assert compression.offset - before == pytest.approx(decisions.mean().item() - 0.75, abs=1e-6)
+    assert report.ratio == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [dict(name="retrofit", dmc_hard_finetune=True), dict(name="finetune")])
+def test_the_offset_stays_where_decisions_are_soft(settings):
+    compression = Compression(stage(**settings), 1, 1)
+    compression.begin_step(3, 4)
+    step(compression, [torch.full((8, 1, 1), 0.1)])
+    compression.end_step()
+    assert compression.offset == 5.0
 
 
 def test_no_compression_is_asked_for_at_the_start_of_retrofit():

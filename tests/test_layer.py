@@ -130,6 +130,25 @@ def test_layer_is_the_reference(fresh_seed, variant):
         assert 0.02 < alpha.float().mean() < 0.98
 
 
+def test_finetune_trains_what_inference_computes(fresh_seed):
+    model = gpt(config(), DMCConfig(dmc_stage="finetune", dmc_init_val=0.1))
+    compression = model.config.dmc_compression
+    compression.begin_step(0, 10)
+    compression.offset += 0.1  # it moves
+    tokens, positions = torch.randint(0, 64, (BATCH, SEQ), device="cuda"), torch.arange(SEQ, device="cuda")
+    arguments = tokens, positions.expand(BATCH, -1), None
+    expected, output = model.eval()(*arguments), model.train()(*arguments)
+    torch.testing.assert_close(output, expected)
+    output.square().mean().backward()
+    last = [(g + 1) * 32 - 9 for g in range(2)]  # of the keys, in KV heads of (2 queries, key, value) of 8
+    for layer in model.decoder.layers:
+        grads = layer.self_attention.linear_qkv.weight.grad.norm(dim=1)
+        assert (grads == 0).nonzero().flatten().tolist() == last
+    assert 1.1 < compression.end_step().ratio < 10
+    compression.offset -= 0.1
+    assert not torch.allclose(model.eval()(*arguments), expected, atol=1e-3)
+
+
 POSITIONS = {
     "rope": dict(position_embedding_type="rope"),
     "partial rope": dict(position_embedding_type="rope", rotary_percent=0.5),
@@ -219,7 +238,7 @@ RECOMPUTE = {
 
 def recomputed_step(how, seed):
     """Gradients and counts of a training step with noise, two micro-batches under way, whatever is recomputed."""
-    dmc = DMCConfig(dmc_stage="finetune", dmc_init_val=0.1, dmc_temp=0.5)
+    dmc = DMCConfig(dmc_stage="finetune", dmc_init_val=0.1, dmc_temp=0.5, dmc_hard_finetune=False)
     torch.manual_seed(seed)
     model = gpt(config(**RECOMPUTE[how]), dmc).train()
     model.config.dmc_compression.begin_step(0, 10)

@@ -5,14 +5,13 @@ import re
 import numpy
 import pytest
 import torch
-from runs import DESCENT, MODEL, STEPS, TRAIN, UNDECIDED, assert_same_training, launcher, python, train, weights
+from runs import DESCENT, MODEL, STAGE, STEPS, TRAIN, assert_same_training, launcher, python, train, weights
 
 from megatron_dmc.config import DMCError
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
-RETROFIT = ["--dmc-stage", "finetune", "--dmc-cr", "4", "--dmc-window-size", "5", "--dmc-no-noise", "--finetune"]
-RETROFIT += UNDECIDED
+RETROFIT = [*STAGE, "--dmc-window-size", "5"]
 BORDERS = ["--dataloader-inter-document-masking"]
 MASKS = ["--reset-attention-mask"]
 

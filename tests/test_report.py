@@ -407,4 +407,7 @@ def test_decisions_of_training(tokenizer, fresh_seed):
     quiet = loaded_of(tokenizer, DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_noise=False))
     compressed = loss_compressed(quiet, windows)
     assert loss_as_trained(quiet, windows, hard=True) == pytest.approx((compressed.loss, compressed.ratio), rel=1e-5)
+    tuned = loaded_of(tokenizer, DMCConfig(dmc_stage="finetune", dmc_init_val=0.1))  # on hard decisions, without noise
+    compressed = loss_compressed(tuned, windows)
+    assert loss_as_trained(tuned, windows) == pytest.approx((compressed.loss, compressed.ratio), rel=1e-5)
     assert not any(module.training for module in noisy.model.modules())

@@ -64,23 +64,18 @@ def test_retrofit_warns_of_a_model_that_skipped_zero_out(base):
 
 
 @pytest.mark.parametrize(
-    "moment", ["successfully saved checkpoint from iteration       2", "saving checkpoint at iteration       4"]
+    ("stage", "moment"),
+    [
+        ("retrofit", "successfully saved checkpoint from iteration       2"),
+        ("retrofit", "saving checkpoint at iteration       4"),
+        ("finetune", "successfully saved checkpoint from iteration       4"),
+    ],
 )
-def test_killed_and_resumed_is_never_stopped(base, tmp_path, moment):
-    """With noise, across `kill -9`, also within a save: every later step's values, and the weights, bit for bit."""
-    flags = [
-        "--dmc-stage",
-        "retrofit",
-        "--dmc-cr",
-        4,
-        *UNDECIDED,
-        "--train-iters",
-        8,
-        "--save-interval",
-        2,
-        "--lr",
-        "1e-2",
-    ]
+def test_killed_and_resumed_is_never_stopped(base, tmp_path, stage, moment):
+    """With noise, or an offset that moves, across `kill -9`, also within a save: every later step's values, the weights
+    and the offset, bit for bit."""
+    flags = ["--dmc-stage", stage, "--dmc-cr", 4, *UNDECIDED]
+    flags += ["--train-iters", 8, "--save-interval", 2, "--lr", "1e-2"]
     whole = train(*flags, "--load", base, "--finetune", "--save", tmp_path / "whole")
     train_until_killed(*flags, "--load", base, "--finetune", "--save", tmp_path / "cut", after=moment)
     rest = train(*flags, "--load", tmp_path / "cut", "--save", tmp_path / "cut")
@@ -96,6 +91,38 @@ def test_killed_and_resumed_is_never_stopped(base, tmp_path, moment):
     expected = weights(tmp_path / "whole")
     for name, weight in weights(tmp_path / "cut").items():
         torch.testing.assert_close(weight, expected[name], **allowed)
+    offsets = [saved_arguments(tmp_path / name).dmc_init_val for name in ("whole", "cut")]
+    assert (offsets[0] == 0.1) == (stage == "retrofit")
+    assert offsets[0] == pytest.approx(offsets[1], rel=allowed["rtol"], abs=0)
+
+
+def saved_arguments(folder):
+    from megatron.core import dist_checkpointing
+
+    from megatron_dmc.checkpoint import find_checkpoint
+
+    return dist_checkpointing.load_common_state_dict(str(find_checkpoint(folder)))["args"]
+
+
+def test_offset_of_the_finetune_stage(base, tmp_path):
+    """It moves by what the share of merged tokens is off, what is saved has it, and another stage begins with it."""
+    flags = ["--dmc-cr", 4, *UNDECIDED, "--finetune"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    run = train(
+        "--dmc-stage", "finetune", *flags, "--train-iters", 1, "--load", base, "--save", first, "--save-interval", 1
+    )
+    found = saved_arguments(first).dmc_init_val
+    assert found == pytest.approx(0.1 + (1 - 1 / run.steps[1]["compression ratio"]) - 0.75, abs=1e-6)
+    assert abs(found - 0.1) > 0.01
+    for more in ([], ["--dmc-no-hard-finetune"]):
+        run = train(
+            "--dmc-stage", "finetune", *flags, *more, "--train-iters", 1, "--lr", 0, "--load", first, "--save", second,
+            "--save-interval", 1,
+        )  # fmt: skip
+        assert f"> DMC's offset is the checkpoint's, {found}, not 0.1" in run.output
+        moved = (1 - 1 / run.steps[1]["compression ratio"]) - 0.75
+        assert saved_arguments(second).dmc_init_val == pytest.approx(found + (0 if more else moved), abs=1e-6)
+        shutil.rmtree(second)
 
 
 def test_checkpoints_cut_off_are_passed_over(base, tmp_path):
@@ -146,12 +173,8 @@ def test_checkpoints_of_the_old_format_are_loaded(tmp_path):
 
 def test_resuming_takes_up_the_merge_rate(base, tmp_path):
     """The first step after resuming feels the loss as the step before left it, not as a new stage does."""
-    from megatron.core import dist_checkpointing
-
-    from megatron_dmc.checkpoint import find_checkpoint
-
     run = train(*DESCENT, *STAGE, "--load", base, "--save", tmp_path, "--save-interval", STEPS)
-    args = dist_checkpointing.load_common_state_dict(str(find_checkpoint(tmp_path)))["args"]
+    args = saved_arguments(tmp_path)
     assert args.dmc_merge_rate == pytest.approx(1 - 1 / run.steps[STEPS]["compression ratio"], rel=1e-5)
     assert (args.dmc_stage, args.dmc_cr) == ("finetune", 4.0)
 
@@ -161,12 +184,10 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
 
     from megatron_dmc.megatron_hooks import _check_checkpoint_args
 
-    args = dict(dmc_stage="retrofit", dmc_init_val=5.0, dmc_window_size=12)
-    for name, value in (("dmc_init_val", 3.0), ("dmc_window_size", 8)):
-        monkeypatch.setattr(global_vars, "get_args", lambda: SimpleNamespace(**args))
-        saved = SimpleNamespace(**args | {name: value})
-        with pytest.raises(DMCError, match=f"the checkpoint was trained with {name} {value}; got {args[name]}"):
-            _check_checkpoint_args(lambda *_: None, saved)
+    args = dict(dmc_stage="retrofit", dmc_window_size=12)
+    monkeypatch.setattr(global_vars, "get_args", lambda: SimpleNamespace(**args))
+    with pytest.raises(DMCError, match="the checkpoint was trained with dmc_window_size 8; got 12"):
+        _check_checkpoint_args(lambda *_: None, SimpleNamespace(dmc_stage="retrofit", dmc_window_size=8))
 
 
 def test_megatron_without_its_compiled_helpers(monkeypatch):
@@ -211,7 +232,9 @@ def test_a_retrofitted_model_is_a_model_of_megatron(base, tmp_path):
 def test_stock_script(base, tmp_path):
     """A script that knows nothing of DMC trains with it by `--spec`, settings from YAML, as our command does."""
     settings = tmp_path / "dmc.yaml"
-    settings.write_text("dmc_stage: finetune\ndmc_cr: 4\ndmc_init_val: 0.1\ndmc_temp: 0.5\ndmc_noise: false\n")
+    settings.write_text(
+        "dmc_stage: finetune\ndmc_cr: 4\ndmc_init_val: 0.1\ndmc_temp: 0.5\ndmc_noise: false\ndmc_hard_finetune: false\n"
+    )
     launch = "torch.distributed.run --nproc-per-node 1" if HAVE_GPU else "megatron_dmc.cpu"
     script = ["-m", *launch.split(), "tests/stock_pretrain.py"]
     flags = [*DESCENT, "--finetune", "--load", base, "--spec", "megatron_dmc.spec", "dmc_layer_spec"]

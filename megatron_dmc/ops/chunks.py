@@ -192,8 +192,7 @@ def _reference(
     """As `reference.dmc_attention`, of chunks with borders."""
     alpha, keep = reference.decide(key, offset, temperature, noise)
     weight = reference.importance(query, key.shape[2], offset)
-    degree = alpha if temperature is not None else alpha.detach()
-    merged_key, merged_value = reference.merge(key, value, weight, degree, window)
+    merged_key, merged_value = reference.merge(key, value, weight, alpha, window)
     rotated, merged_key = (reference.rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
     own = slice(window, -1)
     everything = torch.cat([merged_key, merged_value, reference.key_bias(keep)[..., None]], -1)[own]
@@ -246,7 +245,7 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(
             key, value, cos, sin, query, own_key, own_value, output, lse, diagonal, alpha, weight
         )  # fmt: skip
-        ctx.settings = group, documents, packing, window, offset, temperature, interleaved, scale, kernel
+        ctx.settings = group, documents, packing, window, temperature, interleaved, scale, kernel
         ctx.set_materialize_grads(False)
         in_line = contiguous_rows(output.unflatten(1, (2, -1)).transpose(0, 1)).flatten(0, 1)
         return in_line, _chunks_in_line(alpha[own])
@@ -254,7 +253,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor | None, grad_alpha: Tensor | None):
         key, value, cos, sin, query, own_key, own_value, output, lse, diagonal, alpha, weight = ctx.saved_tensors
-        group, documents, packing, window, offset, temperature, interleaved, scale, kernel = ctx.settings
+        group, documents, packing, window, temperature, interleaved, scale, kernel = ctx.settings
         own, channel = slice(window, -1), fused.query_channel(key.dtype, scale)
         grad_output, grad_alpha = (None if x is None else _chunks_side_by_side(x) for x in (grad_output, grad_alpha))
         grad_output = torch.zeros_like(output) if grad_output is None else fused.readable(grad_output)
@@ -297,8 +296,6 @@ class _Fused(torch.autograd.Function):
         grad_key, grad_value = fused._kernels.prepare_backward_(
             *bordered, grad_bias, grad_alpha, key, value, alpha, weight, window, temperature
         )
-        if temperature is None and grad_alpha is not None:
-            fused.add_chance(grad_key, grad_alpha, key, offset)
         return bordered[0], grad_key, grad_value, *[None] * 12
 
 

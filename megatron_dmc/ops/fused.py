@@ -451,7 +451,6 @@ def _backward(
     borders: Tensor | None,
     longest: int,
     window: int,
-    offset: float,
     temperature: float | None,
     interleaved: bool,
     scale: float,
@@ -467,16 +466,7 @@ def _backward(
         grad_query, grad_merged_key, grad_merged_value, grad_bias, grad_alpha, readable(key), readable(value), alpha,
         weight, window, temperature,
     )  # fmt: skip
-    if temperature is None and grad_alpha is not None:
-        add_chance(grad_key[1:], grad_alpha[1:], key[1:], offset)  # the first token has nothing to merge into
     return grad_query, grad_key, grad_value
-
-
-def add_chance(grad_key: Tensor, grad_alpha: Tensor, key: Tensor, offset: float) -> None:
-    """Add to the gradient of keys what hard decisions' gradient means for their last channel
-    (`reference.dmc_attention`)."""
-    chance = torch.sigmoid(reference.decision_logits(key, offset))
-    grad_key[..., -1].add_(grad_alpha * chance * (1 - chance))
 
 
 _attention = torch.library.custom_op("megatron_dmc::attention", mutates_args=(), device_types="cuda")(_forward)
@@ -500,10 +490,10 @@ def _(grad_output, grad_alpha, key, value, cos, sin, attention_query, *_):
 
 
 def _save(ctx, inputs, output):
-    _, key, value, cos, sin, *_, borders, longest, window, offset, temperature, interleaved, scale, kernel = inputs
+    _, key, value, cos, sin, *_, borders, longest, window, _, temperature, interleaved, scale, kernel = inputs
     out, alpha, query_, key_, value_, lse, diagonal, weight = output
     ctx.save_for_backward(key, value, cos, sin, query_, key_, value_, out, lse, diagonal, alpha, weight, borders)
-    ctx.settings = longest, window, offset, temperature, interleaved, scale, kernel
+    ctx.settings = longest, window, temperature, interleaved, scale, kernel
     ctx.set_materialize_grads(False)
 
 
@@ -549,8 +539,7 @@ def _attention_any_window(
     def prepare(query: Tensor, key: Tensor, value: Tensor):
         alpha, keep = reference.decide(key, offset, temperature, noise)
         weight = reference.importance(query, key.shape[2], offset)
-        degree = alpha if temperature is not None else alpha.detach()
-        merged_key, merged_value = reference.merge(key, value, weight, degree, window)
+        merged_key, merged_value = reference.merge(key, value, weight, alpha, window)
         rotated = (reference.rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
         return *(x.to(query.dtype) for x in (*rotated, merged_value)), reference.key_bias(keep), alpha
 

@@ -57,17 +57,14 @@ def dmc_attention(
 
     Returns:
         `output` `[s, b, h, d]`, and the decisions `alpha` `[s, b, g]` in float32 (or float64): the degree to which
-        each token merged into the entry before it. What was merged or not follows hard decisions without a gradient.
-        As results they have that of `sigmoid(a)`, the probability with which logistic noise, as of training, would
-        have a token merge: so a loss on how many merge reaches the logits.
+        each token merged into the entry before it.
 
     Raises:
         ValueError: for shapes, windows or temperatures that do not fit; the message names the argument.
     """
     _check(query, key, value, rotary, window, temperature, noise, documents)
     alpha, keep = decide(key, offset, temperature, noise, documents)
-    degree = alpha if temperature is not None else alpha.detach()
-    merged_key, merged_value = merge(key, value, importance(query, key.shape[2], offset), degree, window)
+    merged_key, merged_value = merge(key, value, importance(query, key.shape[2], offset), alpha, window)
     query, merged_key = (rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
     apart = None if documents is None else documents.apart()
     output = attend_causally(query, merged_key, merged_value, key_bias(keep), scale, apart)
@@ -81,12 +78,10 @@ def decide(
     noise: Tensor | None = None,
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The decisions `α_t`, with the gradient that `dmc_attention` tells of, and `log(1 - α_t)`, each `[s, b, g]`; hard
-    ones without a temperature."""
+    """The decisions `α_t` and `log(1 - α_t)`, each `[s, b, g]`; hard ones without a temperature."""
     logits = decision_logits(key, offset)
     if temperature is None:
-        chance = torch.sigmoid(logits)
-        alpha = (logits > 0).to(logits.dtype) + (chance - chance.detach())
+        alpha = (logits > 0).to(logits.dtype)
         keep = torch.where(logits > 0, -math.inf, 0.0).to(logits.dtype)
     else:
         logits = logits if noise is None else logits + noise.to(logits.dtype)
