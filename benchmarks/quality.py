@@ -61,7 +61,7 @@ from megatron_dmc.resume import TRACKER  # noqa: E402
 PARTS = ("text", "base", "runs", "peers", "reports", "ablations")
 RATIOS = (2, 4, 8)
 PRESSES = ("ObservedAttention", "TOVA", "SnapKV", "StreamingLLM", "Knorm", "ExpectedAttention", "KeyDiff")
-STAGES = {"zero-out": 2, "retrofit": 20, "finetune": 5}
+STAGES = {"zero-out": 2, "retrofit": 15, "finetune": 10}
 """Shares of a run's iterations."""
 MEASURE = ROOT / "benchmarks" / "quality_measure.py"
 
@@ -116,12 +116,13 @@ class Change:
 
 
 CHANGES = {
-    "temperature-0.02": Change(("--dmc-temp", "0.02")),
+    "soft-finetune": Change(("--dmc-no-hard-finetune",)),
+    "shorter-finetune": Change(stages={"zero-out": 2, "retrofit": 20, "finetune": 5}),
     "twice-the-lr": Change(lr=2),
     "half-the-lr": Change(lr=0.5),
     "window-4": Change(("--dmc-window-size", "4")),
     "window-24": Change(("--dmc-window-size", "24")),
-    "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 15, "finetune": 10}),
+    "temperature-0.02": Change(("--dmc-temp", "0.02")),
     "twice-the-tokens": Change(tokens=2),
 }
 

@@ -186,8 +186,9 @@ def loss_uncompressed(loaded: LoadedModel, windows: torch.Tensor) -> float:
 
 @torch.no_grad()
 def loss_as_trained(loaded: LoadedModel, windows: torch.Tensor, *, hard: bool = False) -> tuple[float, float]:
-    """Mean loss per token over windows `[n, s + 1]` with training's decisions, soft and with noise, and their ratio.
+    """Mean loss per token over windows `[n, s + 1]` with training's decisions, and their ratio.
 
+    Those of the stage finetune are a compressed cache's, unless it was to be soft; others are soft and have noise.
     Where compressed caches have a higher loss, the model has not learned decisions that hard ones can stand for: it
     reads entries that count as merged while a soft decision leaves something of them, or it relies on the noise.
     `hard` decisions of the same noise tell the two apart: what they cost over soft ones is due to the first, what

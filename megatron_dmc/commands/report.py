@@ -19,9 +19,10 @@ examples:
 
 CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it. Each window
 of --seq-length tokens is read through an empty cache that hard decisions compress, and by the same model where every
-token is appended (nothing merged) and with training's decisions, soft and with noise: a lower loss with these than
-through the cache says that decisions are not settled. Hard decisions with the same noise tell why: if they cost more
-than soft ones, the model reads entries that count as merged; if the cache costs more than they do, it relies on noise.
+token is appended (nothing merged) and with training's decisions. Those of the stage finetune are the cache's own; of
+retrofit they are soft and have noise: a lower loss than through the cache says that decisions are not settled. Hard
+ones with the same noise tell why: if they cost more than soft ones, the model reads entries that count as merged; if
+the cache costs more than they do, it relies on noise.
 --output receives report.json and report.png: ratio per layer and head, how many tokens an entry stands for, and which
 characters end these segments; and report.html: the beginning of the text with the segments that every layer and head
 made of it."""
