@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,7 +104,7 @@ def random_model(shape: Shape, compression: int, spec: str) -> tuple[Any, float]
     model = build(shape, DMCConfig(dmc_stage="retrofit", dmc_init_val=0.0), spec)
     offset = decision_offset(model, shape, compression)
     for found in {layer.self_attention.core_attention.compression for layer in model.decoder.layers}:
-        found.config = dataclasses.replace(found.config, dmc_init_val=offset)
+        found.offset = offset
     return model, offset
 
 

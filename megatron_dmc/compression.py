@@ -1,7 +1,7 @@
 """The compression loss and its schedule: how much each layer is asked to merge, and how it feels that it should.
 
 The loss is `max(0, p_n - m̄)` with `m̄` the share of tokens that merged, over all layers, KV heads, tokens and
-sequences, and `p_n = 1 - 1/CR_n` the share asked for. Its gradient is one constant for every decision while
+sequences, and `p_n = 1 - 1/CR_n` the share asked for. Its gradient is one constant for every soft decision while
 `m̄ < p_n`, and nothing after. So a layer needs one bit to add its own gradient: the language-model loss of any script
 stays untouched, pipeline stages exchange nothing inside a step, and the gradient does not depend on the layout. The
 bit comes from the step before, reduced over all ranks once per step.
@@ -14,6 +14,7 @@ around them, and what holds the ratio is the offset `c`: after every step it mov
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,8 +29,12 @@ from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise
 
 GAIN = 1.0
-"""By how much the offset moves for a share of merged tokens that is off by 1. It settles as long as less than a share
-of 1 / GAIN of all logits lies within one unit around the threshold, and does not overshoot below a quarter of that."""
+"""By how much the offset moves for a share of merged tokens that is off by 1. It settles where the density of logits at
+the threshold is below 2 / GAIN, and does not overshoot below 1 / GAIN; decisions spread over several units have a few
+hundredths."""
+
+REACH = 10.0
+"""How far the offset moves from `dmc_init_val` at most, where documents are too short for the ratio."""
 
 _NOISE = "dmc-noise-"
 """How the names of layers' states begin among Megatron's."""
@@ -64,7 +69,8 @@ class Compression:
     """One model's compression in training: the schedule, the count of decisions, the gradient of the loss.
 
     Every DMC layer of a model, in all its pipeline chunks, holds the same object. A training step is
-    `begin_step`, then forward and backward passes, then `end_step`, on every rank.
+    `begin_step`, then forward and backward passes, then `end_step`, on every rank. A loop of one's own saves and
+    restores `offset` and `merge_rate` with the model.
 
     Args:
         config: the settings.
@@ -96,7 +102,7 @@ class Compression:
         self.target = 1.0
         self.last_channel = 1.0
         self.merge_rate: Tensor | float = 0.0  # m̄ of the last step; a tensor once a step has run
-        self.offset = config.dmc_init_val
+        self.offset: float = config.dmc_init_val
         """The offset `c` of decisions and importance; it moves where the stage finetune trains on hard decisions."""
         self.kernel: str | None = None
         """What attention ran on last in training, one of `config.KERNELS`."""
@@ -191,7 +197,10 @@ class Compression:
         self.merge_rate = merged.sum() / tokens.sum()
         if not self.config.soft:
             # Waits for the device, as Megatron has done in this step for the gradient's norm.
-            self.offset += GAIN * (float(self.merge_rate) - self.merge_target)
+            error = float(self.merge_rate) - self.merge_target
+            if not math.isnan(error):  # no layer was in use
+                begin = self.config.dmc_init_val
+                self.offset = min(max(self.offset + GAIN * error, begin - REACH), begin + REACH)
         self._counts = None
         return StepReport(
             loss=(self.merge_target - self.merge_rate).clamp(min=0),
@@ -199,6 +208,11 @@ class Compression:
             target=self.target,
             layer_ratios=1 / (1 - merged / tokens),
         )
+
+    def forget_step(self) -> None:
+        """Begin the step anew, in this process or another, as if it had not begun."""
+        _forget_noise()
+        self._counts = None
 
     def _zeros(self, device) -> Tensor:
         return torch.zeros(2, self.layers, dtype=torch.float64, device=device)

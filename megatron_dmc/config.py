@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,12 @@ class DMCConfig:
         None, f"the stage to train: {', '.join(STAGES)}; left out, the model trains as it is"
     )
     dmc_cr: float = _setting(4.0, "target compression ratio: tokens per cache entry, at least 1")
-    dmc_init_val: float = _setting(5.0, "offset c that makes an untrained model append every token")
+    dmc_init_val: float = _setting(
+        5.0, "offset c that makes an untrained model append every token; a checkpoint that merges brings its own"
+    )
     dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
-    dmc_temp: float = _setting(0.1, "temperature of the Gumbel-sigmoid decisions in training")
-    dmc_noise: bool = _setting(True, "draw Gumbel noise for the decisions in training (off only to compare runs)")
+    dmc_temp: float = _setting(0.1, "temperature of the Gumbel-sigmoid, of soft decisions in training")
+    dmc_noise: bool = _setting(True, "draw Gumbel noise for soft decisions in training (off only to compare runs)")
     dmc_hard_finetune: bool = _setting(
         True, "train the stage finetune on the hard decisions of inference (off: soft ones with noise, as published)"
     )
@@ -83,7 +86,14 @@ class DMCConfig:
     @classmethod
     def from_args(cls, args: Any) -> DMCConfig:
         """From a namespace of arguments: the parsed command line, or what a checkpoint has saved."""
-        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)})
+        return cls.from_saved(vars(args))
+
+    @classmethod
+    def from_saved(cls, settings: Mapping[str, Any]) -> DMCConfig:
+        """From settings among others, those of a checkpoint's arguments or of an exported model's `config.json`."""
+        # A model from before it could be otherwise was trained on soft decisions.
+        found = {"dmc_hard_finetune": False} if settings.get("dmc_stage") is not None else {}
+        return cls(**found | {f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> DMCConfig:

@@ -46,7 +46,7 @@ def without_dmc(config: dict[str, Any], where: str) -> tuple[dict[str, Any], DMC
         return config, DMCConfig()
     names = {f.name for f in fields(DMCConfig)}
     try:
-        dmc = DMCConfig(**{name: value for name, value in config.items() if name in names})
+        dmc = DMCConfig.from_saved(config)
     except DMCError as error:
         raise DMCError(f"{where}: {error}") from error
     if not dmc.merges:

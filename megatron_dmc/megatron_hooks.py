@@ -11,7 +11,7 @@ The loop has no callback for a step's begin and end, so `install` wraps function
 - `_load_base_checkpoint`: so does the offset, for a stage that begins from a checkpoint as well.
 - `read_metadata`: a run goes on from the latest checkpoint that is whole (`megatron_dmc.resume`).
 
-A loop of one's own calls `Compression.begin_step` and `end_step` instead.
+A loop of one's own calls `Compression.begin_step` and `end_step` instead, and keeps `offset` and `merge_rate`.
 """
 
 from __future__ import annotations
@@ -200,6 +200,10 @@ def _train_step(original, forward_step_func, data_iterator, model, optimizer, *a
         _begin_training(compression, model, iteration)
     compression.begin_step(iteration, settings.train_iters)
     losses, *rest = original(forward_step_func, data_iterator, model, optimizer, *args, iteration=iteration, **kwargs)
+    _, _, should_exit, *_ = rest
+    if should_exit:  # Megatron's search for faults: the step will be made again, after a restart
+        compression.forget_step()
+        return losses, *rest
     report = compression.end_step()
     if begins and compression.kernel is not None:
         print_rank_0(f"> DMC attention runs on: {compression.kernel}")
@@ -215,7 +219,7 @@ def _take_up(compression: Compression) -> None:
 
     args = get_args()
     compression.merge_rate = getattr(args, MERGE_RATE, 0.0)
-    compression.offset = args.dmc_init_val
+    compression.offset = getattr(args, "dmc_init_val", compression.offset)
 
 
 def _begin_training(compression: Compression, model: list, iteration: int) -> None:
@@ -358,10 +362,18 @@ def _load_base_checkpoint(original, *positional, **named):
 
     found = original(*positional, **named)
     args, saved = get_args(), (found[0] or {}).get("args")
-    merging = [DMCConfig.from_args(x).merges for x in (args, saved) if x is not None]
-    if merging == [True, True] and saved.dmc_init_val != args.dmc_init_val:
-        print_rank_0(f"> DMC's offset is the checkpoint's, {saved.dmc_init_val}, not {args.dmc_init_val}")
-        args.dmc_init_val = saved.dmc_init_val
+    if saved is None or not (ours := DMCConfig.from_args(args)).merges:
+        return found
+    if DMCConfig.from_args(saved).merges:
+        if saved.dmc_init_val != args.dmc_init_val:
+            print_rank_0(f"> DMC's offset is the checkpoint's, {saved.dmc_init_val}, not {args.dmc_init_val}")
+            args.dmc_init_val = saved.dmc_init_val
+    elif not ours.soft:
+        warnings.warn(
+            "the stage finetune teaches no decisions, and the checkpoint that it begins from has learned none: run the "
+            "stage retrofit first",
+            stacklevel=2,
+        )
     return found
 
 
@@ -376,10 +388,9 @@ def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
             f"the checkpoint is from stage {saved_stage or 'none (not trained with DMC)'}, this run is stage "
             f"{args.dmc_stage}: add --finetune to begin the stage from its weights"
         )
-    if checkpoint_args.dmc_window_size != args.dmc_window_size:
-        raise DMCError(
-            f"the checkpoint was trained with dmc_window_size {checkpoint_args.dmc_window_size}; got "
-            f"{args.dmc_window_size}"
-        )
+    saved, ours = (DMCConfig.from_args(x) for x in (checkpoint_args, args))
+    for name in ("dmc_window_size", *(["dmc_hard_finetune"] if args.dmc_stage == "finetune" else [])):
+        if getattr(saved, name) != getattr(ours, name):
+            raise DMCError(f"the checkpoint was trained with {name} {getattr(saved, name)}; got {getattr(ours, name)}")
     setattr(args, MERGE_RATE, getattr(checkpoint_args, MERGE_RATE, 0.0))
     return original(checkpoint_args, *rest, **kwargs)

@@ -87,7 +87,7 @@ class Legacy:
             stage = "zero-out"
         elif getattr(self.args, "dmc_finetune", False):
             stage = "finetune"
-        return DMCConfig(dmc_stage=stage, dmc_hard_finetune=False, **given)
+        return DMCConfig.from_saved(dict(given, dmc_stage=stage))
 
     def architecture(self) -> Architecture:
         """The model that the arguments describe.

@@ -31,6 +31,7 @@ STEPS = 3
 DESCENT = [*["--optimizer", "sgd", "--sgd-momentum", "0", "--train-iters"], STEPS]
 # At a target that stays, on soft decisions: rounding moves them a little, and turns none around.
 STAGE = "--dmc-stage finetune --dmc-cr 4 --dmc-no-hard-finetune --dmc-no-noise --finetune".split() + UNDECIDED
+HARD_STAGE = [flag for flag in STAGE if flag != "--dmc-no-hard-finetune"]
 
 # One step of plain gradient descent moves every weight by its gradient, so equal weights mean equal gradients. Ranks
 # add float32 numbers in another order (tensor-parallel sums, micro-batches, stages): 24 bits, a few steps deep.
@@ -111,6 +112,14 @@ def train(*flags, processes=1, program=TRAIN) -> Run:
     run = python(*launcher(processes), *program, *MODEL, *flags)
     assert run.code == 0, run.output[-6000:]
     return run
+
+
+def saved_arguments(folder):
+    from megatron.core import dist_checkpointing
+
+    from megatron_dmc.checkpoint import find_checkpoint
+
+    return dist_checkpointing.load_common_state_dict(str(find_checkpoint(folder)))["args"]
 
 
 def train_until_killed(*flags, after: str) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_dmc.compression import Compression, passes_in_flight
+from megatron_dmc.compression import REACH, Compression, passes_in_flight
 from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops.documents import Documents
 
@@ -94,6 +94,18 @@ def test_the_offset_holds_the_ratio_of_hard_decisions(fresh_seed, begin):
         report = compression.end_step()
         assert compression.offset - before == pytest.approx(decisions.mean().item() - 0.75, abs=1e-6)
     assert report.ratio == pytest.approx(4, rel=0.01)
+
+
+def test_the_offset_has_an_end_where_the_ratio_has_none():
+    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True), 1, 1)
+    for i in range(40):
+        compression.begin_step(i, 40)
+        step(compression, [torch.zeros(8, 1, 1)])
+        compression.end_step()
+    assert compression.offset == 5.0 - REACH
+    compression.begin_step(40, 41)
+    compression.end_step()  # of no layer
+    assert compression.offset == 5.0 - REACH
 
 
 @pytest.mark.parametrize("settings", [dict(name="retrofit", dmc_hard_finetune=True), dict(name="finetune")])

@@ -49,7 +49,14 @@ def test_yaml_has_the_flags_names(tmp_path, monkeypatch):
     path.write_text("dmc_stage: finetune\ndmc-cr: 2\ndmc_noise: false\n")
     assert DMCConfig.from_yaml(path) == DMCConfig(dmc_stage="finetune", dmc_cr=2, dmc_noise=False)
     monkeypatch.setenv("DMC_CONFIG", str(path))
-    assert DMCConfig.from_environment().dmc_stage == "finetune"
+    assert DMCConfig.from_environment().dmc_stage == "finetune" and DMCConfig.from_environment().dmc_hard_finetune
+
+
+def test_models_from_before_hard_decisions_were_soft():
+    saved = dict(dmc_stage="finetune", dmc_cr=2.0, hidden_size=8)
+    assert not DMCConfig.from_saved(saved).dmc_hard_finetune and DMCConfig.from_saved(saved).soft
+    assert not DMCConfig.from_saved(saved | dict(dmc_hard_finetune=True)).soft
+    assert DMCConfig.from_saved({}) == DMCConfig()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import HAVE_GPU
-from runs import DESCENT, MODEL, STAGE, STEPS, UNDECIDED, dmc, python, train, train_until_killed, weights
+from runs import (
+    DESCENT,
+    HARD_STAGE,
+    MODEL,
+    STAGE,
+    STEPS,
+    UNDECIDED,
+    dmc,
+    python,
+    saved_arguments,
+    train,
+    train_until_killed,
+    weights,
+)
 
 from megatron_dmc.config import DMCError
 from megatron_dmc.resume import damage, superseded
@@ -96,14 +109,6 @@ def test_killed_and_resumed_is_never_stopped(base, tmp_path, stage, moment):
     assert offsets[0] == pytest.approx(offsets[1], rel=allowed["rtol"], abs=0)
 
 
-def saved_arguments(folder):
-    from megatron.core import dist_checkpointing
-
-    from megatron_dmc.checkpoint import find_checkpoint
-
-    return dist_checkpointing.load_common_state_dict(str(find_checkpoint(folder)))["args"]
-
-
 def test_offset_of_the_finetune_stage(base, tmp_path):
     """It moves by what the share of merged tokens is off, what is saved has it, and another stage begins with it."""
     flags = ["--dmc-cr", 4, *UNDECIDED, "--finetune"]
@@ -184,10 +189,71 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
 
     from megatron_dmc.megatron_hooks import _check_checkpoint_args
 
-    args = dict(dmc_stage="retrofit", dmc_window_size=12)
+    args = dict(dmc_stage="finetune", dmc_window_size=12, dmc_hard_finetune=True)
     monkeypatch.setattr(global_vars, "get_args", lambda: SimpleNamespace(**args))
-    with pytest.raises(DMCError, match="the checkpoint was trained with dmc_window_size 8; got 12"):
-        _check_checkpoint_args(lambda *_: None, SimpleNamespace(dmc_stage="retrofit", dmc_window_size=8))
+    for saved, message in (
+        (args | dict(dmc_window_size=8), "dmc_window_size 8; got 12"),
+        (args | dict(dmc_hard_finetune=False), "dmc_hard_finetune False; got True"),
+        (dict(dmc_stage="finetune", dmc_window_size=12), "dmc_hard_finetune False; got True"),
+    ):
+        with pytest.raises(DMCError, match=f"the checkpoint was trained with {message}"):
+            _check_checkpoint_args(lambda *_: None, SimpleNamespace(**saved))
+
+
+def test_what_a_checkpoint_brings_holds_before_training_begins(monkeypatch):
+    """In a run that only evaluates, and in one that saves without a step."""
+    from megatron.core import utils
+    from megatron.training import global_vars
+
+    from megatron_dmc import megatron_hooks
+    from megatron_dmc.compression import Compression
+    from megatron_dmc.config import DMCConfig
+
+    args = SimpleNamespace(dmc_init_val=4.2, dmc_merge_rate=0.7, iteration=5, train_iters=8, save=None)
+    monkeypatch.setattr(global_vars, "get_args", lambda: args)
+    for wrapper in (megatron_hooks._evaluate, megatron_hooks._save_checkpoint):
+        compression = Compression(DMCConfig(dmc_stage="finetune"), 1, 1)
+        monkeypatch.setattr(utils, "get_model_config", lambda _, c=compression: SimpleNamespace(dmc_compression=c))
+        seen = []
+
+        def look(*_, seen=seen, compression=compression, **__):
+            seen.append((compression.offset, compression.merge_rate, args.dmc_init_val, args.dmc_merge_rate))
+
+        if wrapper is megatron_hooks._evaluate:
+            wrapper(look, None, None, [None])
+        else:
+            wrapper(look, 5, [None])
+        assert seen == [(4.2, 0.7, 4.2, 0.7)]
+
+
+def test_a_step_that_megatron_will_repeat_leaves_no_trace(monkeypatch):
+    from megatron.core import utils
+    from megatron.training import global_vars
+
+    from megatron_dmc import megatron_hooks
+    from megatron_dmc.compression import Compression
+    from megatron_dmc.config import DMCConfig
+
+    args = SimpleNamespace(dmc_init_val=4.2, dmc_merge_rate=0.7, curr_iteration=5, train_iters=8)
+    monkeypatch.setattr(global_vars, "get_args", lambda: args)
+    compression = Compression(DMCConfig(dmc_stage="finetune"), 1, 1)
+    monkeypatch.setattr(utils, "get_model_config", lambda _: SimpleNamespace(dmc_compression=compression))
+    model = [torch.nn.Module()]
+
+    def step(exits):
+        compression._count(0, torch.tensor(1.0), 10)
+        return {}, exits, True, exits, 16 if exits else None, None, None, 0
+
+    for exits in (True, False):
+        megatron_hooks._train_step(lambda *_, exits=exits, **__: step(exits), None, None, model, None)
+        expected = (4.2, 0.7) if exits else (4.2 + 0.1 - 0.75, 0.1)
+        assert (compression.offset, float(compression.merge_rate)) == pytest.approx(expected)
+
+
+def test_finetune_warns_of_a_model_that_has_learned_no_decisions(base):
+    command = ["-m", "megatron_dmc", "train", *MODEL, "--train-iters", 1, "--dmc-stage", "finetune", "--load", base]
+    run = python("-W", "default", *command, "--finetune", PYTHONWARNINGS="default")
+    assert run.code == 0 and "the checkpoint that it begins from has learned none" in run.output
 
 
 def test_megatron_without_its_compiled_helpers(monkeypatch):
@@ -232,9 +298,7 @@ def test_a_retrofitted_model_is_a_model_of_megatron(base, tmp_path):
 def test_stock_script(base, tmp_path):
     """A script that knows nothing of DMC trains with it by `--spec`, settings from YAML, as our command does."""
     settings = tmp_path / "dmc.yaml"
-    settings.write_text(
-        "dmc_stage: finetune\ndmc_cr: 4\ndmc_init_val: 0.1\ndmc_temp: 0.5\ndmc_noise: false\ndmc_hard_finetune: false\n"
-    )
+    settings.write_text("dmc_stage: finetune\ndmc_cr: 4\ndmc_init_val: 0.1\n")
     launch = "torch.distributed.run --nproc-per-node 1" if HAVE_GPU else "megatron_dmc.cpu"
     script = ["-m", *launch.split(), "tests/stock_pretrain.py"]
     flags = [*DESCENT, "--finetune", "--load", base, "--spec", "megatron_dmc.spec", "dmc_layer_spec"]
@@ -242,9 +306,22 @@ def test_stock_script(base, tmp_path):
         *script, *MODEL, *flags, "--save", tmp_path / "stock", "--save-interval", STEPS, DMC_CONFIG=str(settings)
     )
     assert run.code == 0, run.output[-6000:]
-    ours = train(*DESCENT, *STAGE, "--load", base, "--split", "90,5,5")
+    ours = train(
+        *DESCENT,
+        *HARD_STAGE,
+        "--load",
+        base,
+        "--split",
+        "90,5,5",
+        "--save",
+        tmp_path / "ours",
+        "--save-interval",
+        STEPS,
+    )
     for name in ("lm loss", "compression ratio", "compression loss"):
         assert run.values(name) == pytest.approx(ours.values(name), rel=1e-6), name
+    offsets = [saved_arguments(tmp_path / name).dmc_init_val for name in ("stock", "ours")]
+    assert offsets[0] == pytest.approx(offsets[1], rel=1e-6) and offsets[0] != 0.1
 
     settings.write_text("dmc_stage: finetune\ndmc_ratio: 4\n")
     run = python(*script, *MODEL, *flags, DMC_CONFIG=str(settings))

@@ -103,7 +103,8 @@ def summary(loaded, windows, compressed) -> dict:
     from megatron_dmc.evaluation import loss_as_trained, loss_uncompressed, perplexity
 
     unmerged, as_trained = loss_uncompressed(loaded, windows), loss_as_trained(loaded, windows)
-    hard_with_noise = loss_as_trained(loaded, windows, hard=True)
+    soft = loaded.dmc.soft  # else the decisions of training are hard, without noise
+    hard_with_noise = loss_as_trained(loaded, windows, hard=True) if soft else (None, None)
     return {
         "target_ratio": loaded.dmc.dmc_cr,
         "compression_ratio": compressed.ratio,
@@ -116,7 +117,7 @@ def summary(loaded, windows, compressed) -> dict:
         "perplexity_compressed": perplexity(compressed.loss),
         "perplexity_uncompressed": perplexity(unmerged),
         "perplexity_as_trained": perplexity(as_trained[0]),
-        "perplexity_hard_with_noise": perplexity(hard_with_noise[0]),
+        "perplexity_hard_with_noise": perplexity(hard_with_noise[0]) if soft else None,
         "tokens": compressed.tokens,
         "window": windows.shape[1] - 1,
         "cache_bytes": compressed.entry_bytes,
@@ -189,6 +190,7 @@ def table(report: dict) -> str:
         *(
             f"{label:22}{report[f'loss_{name}']:8.4f}{report[f'perplexity_{name}']:12.3f}{ratio:8.2f}"
             for label, name, ratio in losses
+            if report[f"loss_{name}"] is not None
         ),
         f"{'target':42}{report['target_ratio']:8.2f}",
         "",
