@@ -58,8 +58,8 @@ class DMCCall:
 class DMCCoreAttention(MegatronModule):
     """Decisions, merging, rotation and attention of one layer.
 
-    In training, soft decisions with noise, but for the stage finetune; otherwise hard ones; with a cache, hard ones
-    against its entries.
+    In training, soft decisions with noise or hard ones, by the stage (`DMCConfig.soft`); in evaluation, hard ones; with
+    a cache, hard ones against its entries.
 
     Args:
         config, layer_number: as for any core attention of Megatron; `layer_number` counts from 1.

@@ -199,8 +199,10 @@ class Compression:
             # Waits for the device, as Megatron has done in this step for the gradient's norm.
             error = float(self.merge_rate) - self.merge_target
             if not math.isnan(error):  # no layer was in use
+                # A checkpoint's offset may lie beyond: from there it comes back by steps like any other.
                 begin = self.config.dmc_init_val
-                self.offset = min(max(self.offset + GAIN * error, begin - REACH), begin + REACH)
+                low, high = min(begin - REACH, self.offset), max(begin + REACH, self.offset)
+                self.offset = min(max(self.offset + GAIN * error, low), high)
         self._counts = None
         return StepReport(
             loss=(self.merge_target - self.merge_rate).clamp(min=0),

@@ -108,6 +108,16 @@ def test_the_offset_has_an_end_where_the_ratio_has_none():
     assert compression.offset == 5.0 - REACH
 
 
+def test_an_offset_from_beyond_its_reach_does_not_jump():
+    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True), 1, 1)
+    compression.offset = 5.0 + 2 * REACH  # of a checkpoint
+    for merged, expected in ((1.0, 5.0 + 2 * REACH), (0.0, 5.0 + 2 * REACH - 0.75)):
+        compression.begin_step(0, 2)
+        step(compression, [torch.full((8, 1, 1), merged)])
+        compression.end_step()
+        assert compression.offset == expected
+
+
 @pytest.mark.parametrize("settings", [dict(name="retrofit", dmc_hard_finetune=True), dict(name="finetune")])
 def test_the_offset_stays_where_decisions_are_soft(settings):
     compression = Compression(stage(**settings), 1, 1)

@@ -306,18 +306,8 @@ def test_stock_script(base, tmp_path):
         *script, *MODEL, *flags, "--save", tmp_path / "stock", "--save-interval", STEPS, DMC_CONFIG=str(settings)
     )
     assert run.code == 0, run.output[-6000:]
-    ours = train(
-        *DESCENT,
-        *HARD_STAGE,
-        "--load",
-        base,
-        "--split",
-        "90,5,5",
-        "--save",
-        tmp_path / "ours",
-        "--save-interval",
-        STEPS,
-    )
+    save = ["--save", tmp_path / "ours", "--save-interval", STEPS]
+    ours = train(*DESCENT, *HARD_STAGE, "--load", base, "--split", "90,5,5", *save)
     for name in ("lm loss", "compression ratio", "compression loss"):
         assert run.values(name) == pytest.approx(ours.values(name), rel=1e-6), name
     offsets = [saved_arguments(tmp_path / name).dmc_init_val for name in ("stock", "ours")]
