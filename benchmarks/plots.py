@@ -38,6 +38,7 @@ def draw_quality(found: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     results = found["results"]
+    lowest = 0.0
     kinds: dict[str, list[str]] = {}  # methods, and the names of their results
     for name in sorted(results, key=lambda name: results[name].get("ratio", 0)):  # none where the base is not measured
         kind, _, ratio = name.rpartition("-")
@@ -50,6 +51,7 @@ def draw_quality(found: dict, path: Path) -> None:
         ratios = [results[name]["ratio"] for name in names]
         costs = [100 * over(found, name, "continuation_loss") for name in names]
         errors = [100 * error_of(found, name, "continuation_loss") for name in names]
+        lowest = min(lowest, *costs)
         line, *_ = left.errorbar(ratios, costs, yerr=errors, **style)
         right.plot(ratios, [100 * results[name]["recall"] for name in names], **style)
         for name in (f"{name}-seed2" for name in names if f"{name}-seed2" in results):
@@ -64,13 +66,14 @@ def draw_quality(found: dict, path: Path) -> None:
         title="continuations of contexts (crosses: second seed)",
     )
     left.set_yscale("symlog", linthresh=1)
+    left.set_ylim(bottom=lowest - 0.1)
     if "control" in results:
         right.axhline(100 * results["control"]["recall"], color="black", lw=0.8)
     right.set(xlabel="cache compression", ylabel="answers recalled, %", title="recall (line: the control)")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks([2, 4, 8], ["2×", "4×", "8×"])
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds) or 1, fontsize=8)
     for name in ("control", "dmc-4x", "distilled-4x", "gqa-4x"):
         if name in results:
             losses = results[name]["loss_by_position"]

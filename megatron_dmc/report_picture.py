@@ -42,7 +42,9 @@ def _ratios(figure, axes, report: dict) -> None:
     if layers * heads <= 128:
         for (layer, head), ratio in np.ndenumerate(ratios):
             dark = ratio < ratios.max() ** 0.6
-            axes.text(head, layer, f"{ratio:.3g}", ha="center", va="center", color="white" if dark else "black")
+            text = f"{ratio:.1f}" if ratio < 9.95 else f"{ratio:.0f}"
+            color, size = "white" if dark else "black", 10 if heads <= 8 else 7
+            axes.text(head, layer, text, ha="center", va="center", color=color, size=size)
     axes.set(xlabel="KV head", ylabel="layer", title=f"tokens per cache entry (all: {report['compression_ratio']:.2f})")
     axes.set_xticks(range(0, heads, 1 if heads <= 32 else 8))
     rows = range(0, layers, 1 if layers <= 32 else 4)
