@@ -118,6 +118,9 @@ class Change:
 CHANGES = {
     "soft-finetune": Change(("--dmc-no-hard-finetune",)),
     "shorter-finetune": Change(stages={"zero-out": 2, "retrofit": 20, "finetune": 5}),
+    "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 10, "finetune": 15}),
+    "longest-finetune": Change(stages={"zero-out": 2, "retrofit": 6, "finetune": 19}),
+    "temperature-0.3": Change(("--dmc-temp", "0.3")),
     "twice-the-lr": Change(lr=2),
     "half-the-lr": Change(lr=0.5),
     "window-4": Change(("--dmc-window-size", "4")),
