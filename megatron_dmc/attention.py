@@ -58,8 +58,8 @@ class DMCCall:
 class DMCCoreAttention(MegatronModule):
     """Decisions, merging, rotation and attention of one layer.
 
-    In training, soft decisions with noise or hard ones, by the stage (`DMCConfig.soft`); in evaluation, hard ones; with
-    a cache, hard ones against its entries.
+    In training, soft decisions with noise or hard ones, by the step (`Compression.hard`); in evaluation, hard ones;
+    with a cache, hard ones against its entries.
 
     Args:
         config, layer_number: as for any core attention of Megatron; `layer_number` counts from 1.
@@ -149,8 +149,9 @@ class DMCCoreAttention(MegatronModule):
         settings["documents"] = call.documents
         settings |= self._of_chunks
         if self.training:
-            noise = self._noise(key) if dmc.soft and dmc.dmc_noise else None
-            temperature = dmc.dmc_temp if dmc.soft else None
+            soft = not self.compression.hard
+            noise = self._noise(key) if soft and dmc.dmc_noise else None
+            temperature = dmc.dmc_temp if soft else None
             output, alpha = attend(query, key, value, call.rotary, temperature=temperature, noise=noise, **settings)
             shares = get_pg_size(self._cp) if self._of_chunks else 1
             output = self.compression.attach(output, alpha, self.layer, shares)

@@ -28,12 +28,12 @@ from megatron_dmc.config import DMCConfig
 from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise
 
-GAIN = 1.0
+GAIN = 3.0
 """By how much the offset moves for a share of merged tokens that is off by 1. It settles where the density of logits at
 the threshold is below 2 / GAIN, and does not overshoot below 1 / GAIN; decisions spread over several units have a few
-hundredths."""
+hundredths, and the noise of soft ones alone spreads them to .25."""
 
-REACH = 10.0
+REACH = 20.0
 """How far the offset moves from `dmc_init_val` at most, where documents are too short for the ratio."""
 
 _NOISE = "dmc-noise-"
@@ -103,7 +103,9 @@ class Compression:
         self.last_channel = 1.0
         self.merge_rate: Tensor | float = 0.0  # m̄ of the last step; a tensor once a step has run
         self.offset: float = config.dmc_init_val
-        """The offset `c` of decisions and importance; it moves where the stage finetune trains on hard decisions."""
+        """The offset `c` of decisions and importance."""
+        self.hard = not config.soft
+        """Whether this step trains on hard decisions."""
         self.kernel: str | None = None
         """What attention ran on last in training, one of `config.KERNELS`."""
         self.rotary_tables: tuple | None = None
@@ -126,7 +128,10 @@ class Compression:
         if self.config.dmc_stage == "zero-out":
             self.last_channel = max(0.0, 1 - progress / 0.8)
         else:
-            self.target = 1 + (self.config.dmc_cr - 1) * (progress if self.config.dmc_stage == "retrofit" else 1.0)
+            retrofit, share = self.config.dmc_stage == "retrofit", self.config.dmc_hard_steps
+            self.target = 1 + (self.config.dmc_cr - 1) * (progress if retrofit else 1.0)
+            if retrofit:  # spread evenly, after a soft one
+                self.hard = int((iteration + 1) * share) > int(iteration * share)
 
     def noise(self, layer: int, device: torch.device, stream: int, first_head: int) -> LogisticNoise:
         """Noise for the next micro-batch of this step in layer `layer` (from 0).
@@ -195,7 +200,7 @@ class Compression:
             torch.distributed.all_reduce(counts)
         merged, tokens = counts
         self.merge_rate = merged.sum() / tokens.sum()
-        if not self.config.soft:
+        if self.config.dmc_moving_offset or not self.config.soft:
             # Waits for the device, as Megatron has done in this step for the gradient's norm.
             error = float(self.merge_rate) - self.merge_target
             if not math.isnan(error):  # no layer was in use
@@ -225,8 +230,11 @@ class Compression:
         self._counts[0, layer] += merged
         self._counts[1, layer] += tokens
 
-    def _gradient(self, tokens: int, device: torch.device) -> Tensor:
-        """The loss's gradient for each decision: straight through the threshold, `-[m̄ < p_n] / count`."""
+    def _gradient(self, tokens: int, device: torch.device) -> Tensor | None:
+        """The loss's gradient for each decision: straight through the threshold, `-[m̄ < p_n] / count`. `None` where
+        the offset holds the ratio, and of hard decisions."""
+        if self.config.dmc_moving_offset or self.hard:
+            return None
         decisions = self.deciding * self.kv_heads * (1 if self.per_token else tokens)
         active = torch.as_tensor(self.merge_rate, device=device) < self.merge_target
         return -(active * self._loss_scale / decisions)
@@ -254,5 +262,6 @@ class _Attach(torch.autograd.Function):
         (merged,) = ctx.saved_tensors
         ctx.compression._count(ctx.layer, merged, ctx.shape.numel())
         s, b, _ = ctx.shape
-        gradient = ctx.compression._gradient(s * b * ctx.shares, merged.device).to(ctx.dtype)
-        return grad_output, gradient.expand(ctx.shape), None, None, None
+        gradient = ctx.compression._gradient(s * b * ctx.shares, merged.device)
+        gradient = None if gradient is None else gradient.to(ctx.dtype).expand(ctx.shape)
+        return grad_output, gradient, None, None, None

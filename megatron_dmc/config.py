@@ -21,6 +21,10 @@ KERNELS = ("cudnn", "flash", "dense", "reference")
 attention written out in float32 (quadratic memory, any dtype: for tests), or the reference operations."""
 
 
+AS_PUBLISHED = dict(dmc_moving_offset=False, dmc_hard_steps=0.0, dmc_hard_finetune=False)
+"""The settings in which our recipe departs from the published one, as they are there."""
+
+
 class DMCError(ValueError):
     """A mistake that its reader can mend: the message says what was given, what is allowed and what to do."""
 
@@ -47,6 +51,12 @@ class DMCConfig:
     dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
     dmc_temp: float = _setting(0.1, "temperature of the Gumbel-sigmoid, of soft decisions in training")
     dmc_noise: bool = _setting(True, "draw Gumbel noise for soft decisions in training (off only to compare runs)")
+    dmc_moving_offset: bool = _setting(
+        True, "hold the ratio by the offset, which moves after every step (off: by the published compression loss)"
+    )
+    dmc_hard_steps: float = _setting(
+        0.5, "share of the steps of the stage retrofit that train on the hard decisions of inference (published: 0)"
+    )
     dmc_hard_finetune: bool = _setting(
         True, "train the stage finetune on the hard decisions of inference (off: soft ones with noise, as published)"
     )
@@ -67,9 +77,10 @@ class DMCConfig:
         number("dmc_window_size", "a whole number of tokens, 0 for no limit", lambda x: x >= 0 and x % 1 == 0)
         object.__setattr__(self, "dmc_window_size", int(self.dmc_window_size))  # YAML may have 12.0
         number("dmc_temp", "a positive temperature", lambda x: 0 < x < float("inf"))
+        number("dmc_hard_steps", "a share of steps, at least 0 and less than 1", lambda x: 0 <= x < 1)
         if self.dmc_kernel != "auto" and self.dmc_kernel not in KERNELS:
             raise DMCError(f"dmc_kernel must be auto or one of {', '.join(KERNELS)}; got {self.dmc_kernel!r}")
-        for name in ("dmc_noise", "dmc_hard_finetune"):
+        for name in ("dmc_noise", "dmc_moving_offset", "dmc_hard_finetune"):
             if not isinstance(getattr(self, name), bool):
                 raise DMCError(f"{name} must be true or false; got {getattr(self, name)!r}")
 
@@ -80,7 +91,7 @@ class DMCConfig:
 
     @property
     def soft(self) -> bool:
-        """Whether this stage trains on soft decisions, as opposed to those of inference."""
+        """Whether this stage teaches decisions, which takes soft ones; hard ones have no gradient."""
         return self.dmc_stage != "finetune" or not self.dmc_hard_finetune
 
     @classmethod
@@ -91,8 +102,8 @@ class DMCConfig:
     @classmethod
     def from_saved(cls, settings: Mapping[str, Any]) -> DMCConfig:
         """From settings among others, those of a checkpoint's arguments or of an exported model's `config.json`."""
-        # A model from before it could be otherwise was trained on soft decisions.
-        found = {"dmc_hard_finetune": False} if settings.get("dmc_stage") is not None else {}
+        # A model from before it could be otherwise was trained as published.
+        found = AS_PUBLISHED if settings.get("dmc_stage") is not None else {}
         return cls(**found | {f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
     @classmethod

@@ -389,7 +389,10 @@ def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
             f"{args.dmc_stage}: add --finetune to begin the stage from its weights"
         )
     saved, ours = (DMCConfig.from_args(x) for x in (checkpoint_args, args))
-    for name in ("dmc_window_size", *(["dmc_hard_finetune"] if args.dmc_stage == "finetune" else [])):
+    of_stage = {"retrofit": ["dmc_moving_offset", "dmc_hard_steps"], "finetune": ["dmc_hard_finetune"]}
+    if ours.dmc_stage == "finetune" and ours.soft:
+        of_stage["finetune"].append("dmc_moving_offset")
+    for name in ("dmc_window_size", *of_stage.get(args.dmc_stage, [])):
         if getattr(saved, name) != getattr(ours, name):
             raise DMCError(f"the checkpoint was trained with {name} {getattr(saved, name)}; got {getattr(ours, name)}")
     setattr(args, MERGE_RATE, getattr(checkpoint_args, MERGE_RATE, 0.0))

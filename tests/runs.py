@@ -30,8 +30,8 @@ UNDECIDED = ["--dmc-init-val", "0.1", "--dmc-temp", "0.5"]
 STEPS = 3
 DESCENT = [*["--optimizer", "sgd", "--sgd-momentum", "0", "--train-iters"], STEPS]
 # At a target that stays, on soft decisions: rounding moves them a little, and turns none around.
-STAGE = "--dmc-stage finetune --dmc-cr 4 --dmc-no-hard-finetune --dmc-no-noise --finetune".split() + UNDECIDED
-HARD_STAGE = [flag for flag in STAGE if flag != "--dmc-no-hard-finetune"]
+HARD_STAGE = "--dmc-stage finetune --dmc-cr 4 --dmc-no-noise --finetune".split() + UNDECIDED
+STAGE = [*HARD_STAGE, "--dmc-no-hard-finetune", "--dmc-no-moving-offset"]
 
 # One step of plain gradient descent moves every weight by its gradient, so equal weights mean equal gradients. Ranks
 # add float32 numbers in another order (tensor-parallel sums, micro-batches, stages): 24 bits, a few steps deep.

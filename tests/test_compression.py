@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from megatron_dmc.compression import REACH, Compression, passes_in_flight
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.compression import GAIN, REACH, Compression, passes_in_flight
+from megatron_dmc.config import AS_PUBLISHED, DMCConfig
 from megatron_dmc.ops.documents import Documents
 
 
 def stage(name, **changes):
-    return DMCConfig(dmc_stage=name, **dict(dmc_hard_finetune=False) | changes)
+    return DMCConfig(dmc_stage=name, **AS_PUBLISHED | changes)
 
 
 def test_schedule_of_the_stages():
@@ -46,7 +46,7 @@ def step(compression, alphas, micro_batches=1, per_token_tokens=None, loss_scale
     for chunk in zip(*(leaf.chunk(micro_batches, dim=1) for leaf in leaves), strict=True):
         outputs = [compression.attach(torch.zeros(3, requires_grad=True) * 1.0, a, i) for i, a in enumerate(chunk)]
         sum(o.sum() for o in outputs).backward()
-    grads = [leaf.grad / loss_scale for leaf in leaves]
+    grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / loss_scale for leaf in leaves]
     return [g / per_token_tokens for g in grads] if compression.per_token else grads
 
 
@@ -82,17 +82,18 @@ def test_the_loss_is_one_sided_and_follows_the_step_before():
     assert step(compression, [too_little])[0].unique().tolist() == [-1 / 8]
 
 
+@pytest.mark.parametrize("settings", [dict(dmc_hard_finetune=True), dict(dmc_moving_offset=True)])
 @pytest.mark.parametrize("begin", [2.0, 8.0])
-def test_the_offset_holds_the_ratio_of_hard_decisions(fresh_seed, begin):
+def test_the_offset_holds_the_ratio(fresh_seed, settings, begin):
     torch.manual_seed(fresh_seed)
-    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True, dmc_init_val=begin), 1, 2)
+    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_init_val=begin, **settings), 1, 2)
     keys = 5 + 4 * torch.randn(2048, 2, 2)
     for i in range(300):
         compression.begin_step(i, 300)
         decisions, before = (keys > compression.offset).float(), compression.offset
         step(compression, [decisions])
         report = compression.end_step()
-        assert compression.offset - before == pytest.approx(decisions.mean().item() - 0.75, abs=1e-6)
+        assert compression.offset - before == pytest.approx(GAIN * (decisions.mean().item() - 0.75), abs=1e-6)
     assert report.ratio == pytest.approx(4, rel=0.01)
 
 
@@ -111,7 +112,7 @@ def test_the_offset_has_an_end_where_the_ratio_has_none():
 def test_an_offset_from_beyond_its_reach_does_not_jump():
     compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True), 1, 1)
     compression.offset = 5.0 + 2 * REACH  # of a checkpoint
-    for merged, expected in ((1.0, 5.0 + 2 * REACH), (0.0, 5.0 + 2 * REACH - 0.75)):
+    for merged, expected in ((1.0, 5.0 + 2 * REACH), (0.0, 5.0 + 2 * REACH - GAIN * 0.75)):
         compression.begin_step(0, 2)
         step(compression, [torch.full((8, 1, 1), merged)])
         compression.end_step()
@@ -125,6 +126,30 @@ def test_the_offset_stays_where_decisions_are_soft(settings):
     step(compression, [torch.full((8, 1, 1), 0.1)])
     compression.end_step()
     assert compression.offset == 5.0
+
+
+@pytest.mark.parametrize("settings", [dict(dmc_hard_finetune=True), dict(dmc_moving_offset=True)])
+def test_where_the_offset_holds_the_ratio_decisions_have_no_other_gradient(settings):
+    compression = Compression(stage("finetune", dmc_cr=4.0, **settings), 1, 1)
+    compression.begin_step(0, 1)
+    alpha = torch.full((8, 1, 1), 0.1, requires_grad=True)
+    compression.attach(torch.zeros(1, requires_grad=True) * 1.0, alpha, 0).sum().backward()
+    assert alpha.grad is None
+    assert compression.end_step().ratio == 1  # and count
+
+
+def test_share_of_hard_steps():
+    for share, expected in ((0, []), (0.5, [1, 3, 5, 7]), (0.25, [3, 7]), (0.75, [1, 2, 3, 5, 6, 7])):
+        compression = Compression(stage("retrofit", dmc_hard_steps=share), 1, 1)
+        hard = []
+        for i in range(8):
+            compression.begin_step(i, 8)
+            hard += [i] if compression.hard else []
+        assert hard == expected
+    for name, hard in (("finetune", True), ("finetune", False)):
+        compression = Compression(stage(name, dmc_hard_steps=0.5, dmc_hard_finetune=hard), 1, 1)
+        compression.begin_step(0, 2)
+        assert compression.hard == hard
 
 
 def test_no_compression_is_asked_for_at_the_start_of_retrofit():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_dmc.config import DMCConfig, DMCError, add_flags
+from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError, add_flags
 
 
 def test_flags_are_nvidias_and_default_to_the_papers():
@@ -31,6 +31,9 @@ def test_flags_are_nvidias_and_default_to_the_papers():
         (dict(dmc_temp=0), "dmc_temp must be a positive temperature"),
         (dict(dmc_init_val=float("inf")), "dmc_init_val"),
         (dict(dmc_noise="no"), "dmc_noise"),
+        (dict(dmc_moving_offset=1), "dmc_moving_offset must be true or false; got 1"),
+        (dict(dmc_hard_steps=1), "dmc_hard_steps must be a share of steps, at least 0 and less than 1; got 1"),
+        (dict(dmc_hard_steps=-0.1), "dmc_hard_steps"),
         (dict(dmc_kernel="fast"), "dmc_kernel must be auto or one of cudnn, flash, dense, reference; got 'fast'"),
     ],
 )
@@ -52,9 +55,10 @@ def test_yaml_has_the_flags_names(tmp_path, monkeypatch):
     assert DMCConfig.from_environment().dmc_stage == "finetune" and DMCConfig.from_environment().dmc_hard_finetune
 
 
-def test_models_from_before_hard_decisions_were_soft():
+def test_models_from_before_it_could_be_otherwise_were_trained_as_published():
     saved = dict(dmc_stage="finetune", dmc_cr=2.0, hidden_size=8)
-    assert not DMCConfig.from_saved(saved).dmc_hard_finetune and DMCConfig.from_saved(saved).soft
+    assert DMCConfig.from_saved(saved) == DMCConfig("finetune", 2.0, **AS_PUBLISHED)
+    assert DMCConfig.from_saved(saved).soft
     assert not DMCConfig.from_saved(saved | dict(dmc_hard_finetune=True)).soft
     assert DMCConfig.from_saved({}) == DMCConfig()
 

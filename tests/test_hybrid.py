@@ -10,10 +10,10 @@ from runs import MODEL, python
 from test_layer import BATCH, SEQ, config, gpt
 from test_layouts_on_gpus import RETROFIT, SHAPE
 
-from megatron_dmc.config import DMCConfig, DMCError
+from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError
 
 pytestmark = pytest.mark.usefixtures("megatron")
-DMC = DMCConfig(dmc_stage="finetune", dmc_cr=4.0, dmc_init_val=0.1, dmc_temp=0.5, dmc_hard_finetune=False)
+DMC = DMCConfig(dmc_stage="finetune", dmc_cr=4.0, dmc_init_val=0.1, dmc_temp=0.5, **AS_PUBLISHED)
 PATTERN = "*-*-"
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,8 @@ from runs import (
     weights,
 )
 
-from megatron_dmc.config import DMCError
+from megatron_dmc.compression import GAIN
+from megatron_dmc.config import AS_PUBLISHED, STAGES, DMCError, add_flags
 from megatron_dmc.resume import damage, superseded
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -105,7 +107,7 @@ def test_killed_and_resumed_is_never_stopped(base, tmp_path, stage, moment):
     for name, weight in weights(tmp_path / "cut").items():
         torch.testing.assert_close(weight, expected[name], **allowed)
     offsets = [saved_arguments(tmp_path / name).dmc_init_val for name in ("whole", "cut")]
-    assert (offsets[0] == 0.1) == (stage == "retrofit")
+    assert offsets[0] != 0.1
     assert offsets[0] == pytest.approx(offsets[1], rel=allowed["rtol"], abs=0)
 
 
@@ -117,15 +119,15 @@ def test_offset_of_the_finetune_stage(base, tmp_path):
         "--dmc-stage", "finetune", *flags, "--train-iters", 1, "--load", base, "--save", first, "--save-interval", 1
     )
     found = saved_arguments(first).dmc_init_val
-    assert found == pytest.approx(0.1 + (1 - 1 / run.steps[1]["compression ratio"]) - 0.75, abs=1e-6)
+    assert found == pytest.approx(0.1 + GAIN * (1 - 1 / run.steps[1]["compression ratio"] - 0.75), abs=1e-6)
     assert abs(found - 0.1) > 0.01
-    for more in ([], ["--dmc-no-hard-finetune"]):
+    for more in ([], STAGE[-2:]):
         run = train(
             "--dmc-stage", "finetune", *flags, *more, "--train-iters", 1, "--lr", 0, "--load", first, "--save", second,
             "--save-interval", 1,
         )  # fmt: skip
         assert f"> DMC's offset is the checkpoint's, {found}, not 0.1" in run.output
-        moved = (1 - 1 / run.steps[1]["compression ratio"]) - 0.75
+        moved = GAIN * (1 - 1 / run.steps[1]["compression ratio"] - 0.75)
         assert saved_arguments(second).dmc_init_val == pytest.approx(found + (0 if more else moved), abs=1e-6)
         shutil.rmtree(second)
 
@@ -189,15 +191,22 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
 
     from megatron_dmc.megatron_hooks import _check_checkpoint_args
 
-    args = dict(dmc_stage="finetune", dmc_window_size=12, dmc_hard_finetune=True)
-    monkeypatch.setattr(global_vars, "get_args", lambda: SimpleNamespace(**args))
-    for saved, message in (
-        (args | dict(dmc_window_size=8), "dmc_window_size 8; got 12"),
-        (args | dict(dmc_hard_finetune=False), "dmc_hard_finetune False; got True"),
-        (dict(dmc_stage="finetune", dmc_window_size=12), "dmc_hard_finetune False; got True"),
+    finetune, retrofit = (vars(add_flags(ArgumentParser()).parse_args(["--dmc-stage", x])) for x in STAGES[:0:-1])
+    soft = finetune | dict(dmc_hard_finetune=False)
+    for ours, saved, message in (
+        (finetune, dict(dmc_window_size=8), "dmc_window_size 8; got 12"),
+        (finetune, dict(dmc_hard_finetune=False), "dmc_hard_finetune False; got True"),
+        (finetune, AS_PUBLISHED, "dmc_hard_finetune False; got True"),
+        (soft, AS_PUBLISHED, "dmc_moving_offset False; got True"),
+        (retrofit, AS_PUBLISHED, "dmc_moving_offset False; got True"),
+        (retrofit, dict(dmc_hard_steps=0.25), "dmc_hard_steps 0.25; got 0.5"),
     ):
+        monkeypatch.setattr(global_vars, "get_args", lambda ours=ours: SimpleNamespace(**ours))
         with pytest.raises(DMCError, match=f"the checkpoint was trained with {message}"):
-            _check_checkpoint_args(lambda *_: None, SimpleNamespace(**saved))
+            _check_checkpoint_args(lambda *_: None, SimpleNamespace(**ours | saved))
+    other = finetune | dict(dmc_moving_offset=False, dmc_hard_steps=0.25)  # neither is of this stage
+    monkeypatch.setattr(global_vars, "get_args", lambda: SimpleNamespace(**finetune))
+    _check_checkpoint_args(lambda *_: None, SimpleNamespace(**other))
 
 
 def test_what_a_checkpoint_brings_holds_before_training_begins(monkeypatch):
@@ -246,7 +255,7 @@ def test_a_step_that_megatron_will_repeat_leaves_no_trace(monkeypatch):
 
     for exits in (True, False):
         megatron_hooks._train_step(lambda *_, exits=exits, **__: step(exits), None, None, model, None)
-        expected = (4.2, 0.7) if exits else (4.2 + 0.1 - 0.75, 0.1)
+        expected = (4.2, 0.7) if exits else (4.2 + GAIN * (0.1 - 0.75), 0.1)
         assert (compression.offset, float(compression.merge_rate)) == pytest.approx(expected)
 
 
