@@ -149,11 +149,11 @@ class DMCCoreAttention(MegatronModule):
         settings["documents"] = call.documents
         settings |= self._of_chunks
         if self.training:
-            soft = not self.compression.hard
+            soft, shares = not self.compression.hard, get_pg_size(self._cp) if self._of_chunks else 1
+            key = self.compression.weigh(key, self.layer, shares) if soft else key
             noise = self._noise(key) if soft and dmc.dmc_noise else None
             temperature = dmc.dmc_temp if soft else None
             output, alpha = attend(query, key, value, call.rotary, temperature=temperature, noise=noise, **settings)
-            shares = get_pg_size(self._cp) if self._of_chunks else 1
             output = self.compression.attach(output, alpha, self.layer, shares)
             if self.observer is not None:
                 self.observer(alpha)

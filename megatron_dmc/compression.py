@@ -70,7 +70,7 @@ class Compression:
 
     Every DMC layer of a model, in all its pipeline chunks, holds the same object. A training step is
     `begin_step`, then forward and backward passes, then `end_step`, on every rank. A loop of one's own saves and
-    restores `offset` and `merge_rate` with the model.
+    restores `offset`, `multiplier` and `merge_rate` with the model.
 
     Args:
         config: the settings.
@@ -106,6 +106,8 @@ class Compression:
         """The offset `c` of decisions and importance."""
         self.hard = not config.soft
         """Whether this step trains on hard decisions."""
+        self.multiplier = 0.0
+        """The compression loss's weight where the offset holds the ratio: what merging costs."""
         self.kernel: str | None = None
         """What attention ran on last in training, one of `config.KERNELS`."""
         self.rotary_tables: tuple | None = None
@@ -114,7 +116,7 @@ class Compression:
         """Whether attention masks keep packed documents apart; in Megatron's own training loop its
         --reset-attention-mask. If not, masks are not read."""
         self._documents: dict[tuple, Documents] = {}  # the last ones found at the end
-        self._counts: Tensor | None = None  # [2, layers]: tokens that merged, tokens
+        self._counts: Tensor | None = None  # [4, layers]: tokens that merged, tokens, cost, slope
         self._loss_scale: Tensor | float = 1.0
         self.seed = 1234
         """Of the noise; in Megatron's own training loop its --seed."""
@@ -186,9 +188,14 @@ class Compression:
         often a forward pass is recomputed.) `shares` tells how many ranks share out a micro-batch's tokens."""
         return _Attach.apply(output, alpha, self, layer, shares)
 
+    def weigh(self, key: Tensor, layer: int, shares: int = 1) -> Tensor:
+        """`key` `[s/shares, b, g, d]` unchanged; in the backward pass the gradient of its decisions is summed up. For
+        soft decisions; other arguments as for `attach`."""
+        return _Weigh.apply(key, self, layer, shares) if self.config.dmc_moving_offset else key
+
     def end_step(self) -> StepReport | None:
-        """Reduce the counts over all ranks and set the bit, or the offset, for the next step; `None` if no decision was
-        made."""
+        """Reduce the counts over all ranks and set the bit, or the offset and the multiplier, for the next step; `None`
+        if no decision was made."""
         _forget_noise()
         if not self.config.merges:
             return None
@@ -198,16 +205,11 @@ class Compression:
         if torch.distributed.is_initialized():
             # Counts are whole numbers in float64: the sum is exact, hence the same for every layout and every rank.
             torch.distributed.all_reduce(counts)
-        merged, tokens = counts
+        merged, tokens, cost, slope = counts
         self.merge_rate = merged.sum() / tokens.sum()
         if self.config.dmc_moving_offset or not self.config.soft:
             # Waits for the device, as Megatron has done in this step for the gradient's norm.
-            error = float(self.merge_rate) - self.merge_target
-            if not math.isnan(error):  # no layer was in use
-                # A checkpoint's offset may lie beyond: from there it comes back by steps like any other.
-                begin = self.config.dmc_init_val
-                low, high = min(begin - REACH, self.offset), max(begin + REACH, self.offset)
-                self.offset = min(max(self.offset + GAIN * error, low), high)
+            self._hold(*torch.stack([self.merge_rate, cost.sum(), slope.sum()]).tolist())
         self._counts = None
         return StepReport(
             loss=(self.merge_target - self.merge_rate).clamp(min=0),
@@ -216,28 +218,49 @@ class Compression:
             layer_ratios=1 / (1 - merged / tokens),
         )
 
+    def _hold(self, merge_rate: float, cost: float, slope: float) -> None:
+        """Move the offset by what the merge rate is off, and the multiplier to where it would have left the gradient
+        along the offset at 0."""
+        if slope > 0 and math.isfinite(cost):  # else decisions were hard, or Megatron skips this step
+            self.multiplier += cost / slope
+        of_inference = self.hard or not self._has_hard_steps
+        if of_inference and not math.isnan(merge_rate):  # else no layer was in use
+            # A checkpoint's offset may lie beyond: from there it comes back by steps like any other.
+            begin = self.config.dmc_init_val
+            low, high = min(begin - REACH, self.offset), max(begin + REACH, self.offset)
+            self.offset = min(max(self.offset + GAIN * (merge_rate - self.merge_target), low), high)
+
+    @property
+    def _has_hard_steps(self) -> bool:
+        return self.config.dmc_stage == "retrofit" and self.config.dmc_hard_steps > 0
+
     def forget_step(self) -> None:
         """Begin the step anew, in this process or another, as if it had not begun."""
         _forget_noise()
         self._counts = None
 
     def _zeros(self, device) -> Tensor:
-        return torch.zeros(2, self.layers, dtype=torch.float64, device=device)
+        return torch.zeros(4, self.layers, dtype=torch.float64, device=device)
 
-    def _count(self, layer: int, merged: Tensor, tokens: int) -> None:
+    def _add(self, layer: int, first: int, *values: Tensor | float) -> None:
+        """To the counts of a layer, from the `first` on."""
         if self._counts is None:
-            self._counts = self._zeros(merged.device)
-        self._counts[0, layer] += merged
-        self._counts[1, layer] += tokens
+            self._counts = self._zeros(next(x.device for x in values if isinstance(x, Tensor)))
+        for row, x in enumerate(values, first):
+            self._counts[row, layer] += x
+
+    def _unit(self, tokens: int) -> Tensor | float:
+        """The gradient, at the scale of the loss, of the share of merged tokens for each decision: `1 / count`."""
+        return self._loss_scale / (self.deciding * self.kv_heads * (1 if self.per_token else tokens))
 
     def _gradient(self, tokens: int, device: torch.device) -> Tensor | None:
-        """The loss's gradient for each decision: straight through the threshold, `-[m̄ < p_n] / count`. `None` where
-        the offset holds the ratio, and of hard decisions."""
-        if self.config.dmc_moving_offset or self.hard:
+        """The loss's gradient for each decision, straight through the threshold; `None` of hard decisions."""
+        if self.hard:
             return None
-        decisions = self.deciding * self.kv_heads * (1 if self.per_token else tokens)
-        active = torch.as_tensor(self.merge_rate, device=device) < self.merge_target
-        return -(active * self._loss_scale / decisions)
+        weight = torch.as_tensor(self.multiplier, device=device)
+        if not self.config.dmc_moving_offset:
+            weight = torch.as_tensor(self.merge_rate, device=device) < self.merge_target
+        return -(weight * self._unit(tokens))
 
 
 def passes_in_flight(config: TransformerConfig) -> int:
@@ -254,14 +277,33 @@ class _Attach(torch.autograd.Function):
     def forward(ctx, output: Tensor, alpha: Tensor, compression: Compression, layer: int, shares: int) -> Tensor:
         ctx.compression, ctx.layer, ctx.shape, ctx.dtype = compression, layer, alpha.shape, alpha.dtype
         ctx.shares = shares
-        ctx.save_for_backward((alpha > 0.5).sum())
+        slope = None
+        if not compression.hard and compression.config.dmc_moving_offset:
+            slope = (alpha * (1 - alpha)).sum(dtype=torch.float64) / compression.config.dmc_temp
+        ctx.save_for_backward((alpha > 0.5).sum(), slope)
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        (merged,) = ctx.saved_tensors
-        ctx.compression._count(ctx.layer, merged, ctx.shape.numel())
+        merged, slope = ctx.saved_tensors
+        ctx.compression._add(ctx.layer, 0, merged, ctx.shape.numel())
+        if slope is not None:
+            ctx.compression._add(ctx.layer, 3, slope)
         s, b, _ = ctx.shape
         gradient = ctx.compression._gradient(s * b * ctx.shares, merged.device)
         gradient = None if gradient is None else gradient.to(ctx.dtype).expand(ctx.shape)
         return grad_output, gradient, None, None, None
+
+
+class _Weigh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, key: Tensor, compression: Compression, layer: int, shares: int) -> Tensor:
+        ctx.compression, ctx.layer, ctx.shares = compression, layer, shares
+        return key.view_as(key)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        s, b = grad.shape[:2]
+        cost = grad[..., -1].sum(dtype=torch.float64) / ctx.compression._unit(s * b * ctx.shares)
+        ctx.compression._add(ctx.layer, 2, cost)
+        return grad, None, None, None

@@ -6,12 +6,13 @@ The loop has no callback for a step's begin and end, so `install` wraps function
   stage `zero-out` the zeroed query rows. Every rank comes here once per step, whatever layers it holds. (Reducing
   inside a layer would deadlock a pipeline: its first stage would wait for a stage that waits for its activations.)
 - `evaluate`: the schedule, for a run that only evaluates.
-- `save_checkpoint`, `check_checkpoint_args`: the share of merged tokens, on which the next step's loss depends,
-  travels with the arguments that Megatron saves. What `--save-retain-interval` deletes has two whole ones after it.
+- `save_checkpoint`, `check_checkpoint_args`: the share of merged tokens and the multiplier, on which the next step's
+  loss depends, travel with the arguments that Megatron saves. What `--save-retain-interval` deletes has two whole
+  ones after it.
 - `_load_base_checkpoint`: so does the offset, for a stage that begins from a checkpoint as well.
 - `read_metadata`: a run goes on from the latest checkpoint that is whole (`megatron_dmc.resume`).
 
-A loop of one's own calls `Compression.begin_step` and `end_step` instead, and keeps `offset` and `merge_rate`.
+A loop of one's own calls `Compression.begin_step` and `end_step` instead, and keeps what these change.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ RETAIN_INTERVAL = "dmc_save_retain_interval"
 """Where `--save-retain-interval` is kept from Megatron, which would delete the last checkpoint but one unseen."""
 
 MERGE_RATE = "dmc_merge_rate"
-"""Name under which `Compression.merge_rate` is saved among the arguments."""
+MULTIPLIER = "dmc_multiplier"
+"""Names under which `Compression.merge_rate` and `multiplier` are saved among the arguments."""
 
 OVERLAPPED_EXPERTS = (
     "--overlap-moe-expert-parallel-comm: Megatron then takes the forward pass apart, which neither DMC's layers nor "
@@ -219,6 +221,7 @@ def _take_up(compression: Compression) -> None:
 
     args = get_args()
     compression.merge_rate = getattr(args, MERGE_RATE, 0.0)
+    compression.multiplier = getattr(args, MULTIPLIER, 0.0)
     compression.offset = getattr(args, "dmc_init_val", compression.offset)
 
 
@@ -283,6 +286,7 @@ def _save_checkpoint(original, iteration, model, *args, **kwargs):
     if compression.iteration is None:
         _take_up(compression)
     setattr(settings, MERGE_RATE, float(compression.merge_rate))
+    setattr(settings, MULTIPLIER, compression.multiplier)
     settings.dmc_init_val = compression.offset
     result = original(iteration, model, *args, **kwargs)
     interval = getattr(settings, RETAIN_INTERVAL, None)
@@ -395,5 +399,6 @@ def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
     for name in ("dmc_window_size", *of_stage.get(args.dmc_stage, [])):
         if getattr(saved, name) != getattr(ours, name):
             raise DMCError(f"the checkpoint was trained with {name} {getattr(saved, name)}; got {getattr(ours, name)}")
-    setattr(args, MERGE_RATE, getattr(checkpoint_args, MERGE_RATE, 0.0))
+    for name in (MERGE_RATE, MULTIPLIER):
+        setattr(args, name, getattr(checkpoint_args, name, 0.0))
     return original(checkpoint_args, *rest, **kwargs)

@@ -128,14 +128,34 @@ def test_the_offset_stays_where_decisions_are_soft(settings):
     assert compression.offset == 5.0
 
 
-@pytest.mark.parametrize("settings", [dict(dmc_hard_finetune=True), dict(dmc_moving_offset=True)])
-def test_where_the_offset_holds_the_ratio_decisions_have_no_other_gradient(settings):
-    compression = Compression(stage("finetune", dmc_cr=4.0, **settings), 1, 1)
+def test_hard_decisions_count_and_have_no_gradient():
+    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True), 1, 1)
     compression.begin_step(0, 1)
     alpha = torch.full((8, 1, 1), 0.1, requires_grad=True)
     compression.attach(torch.zeros(1, requires_grad=True) * 1.0, alpha, 0).sum().backward()
-    assert alpha.grad is None
-    assert compression.end_step().ratio == 1  # and count
+    assert alpha.grad is None and compression.end_step().ratio == 1
+
+
+def test_the_multiplier_outlives_steps_that_say_nothing():
+    """Megatron skips a step whose gradients overflow; saturated decisions have no slope."""
+    compression = Compression(stage("finetune", dmc_moving_offset=True), 1, 1)
+    steps = (6.0, 4.0, 1.5), (math.inf, 4.0, 1.5), (math.nan, 4.0, 1.5), (1.0, 0.0, 1.5), (-1.0, 2.0, 1.0)
+    for cost, slope, expected in steps:
+        compression.begin_step(0, 1)
+        compression._add(0, 0, torch.tensor(6.0), 8, cost, slope)
+        compression.end_step()
+        assert compression.multiplier == expected
+
+
+def test_the_offset_moves_by_the_decisions_of_inference_where_there_are_any():
+    compression = Compression(stage("retrofit", dmc_moving_offset=True, dmc_hard_steps=0.5), 1, 1)
+    offsets = []
+    for i in range(4):
+        compression.begin_step(i, 4)
+        step(compression, [torch.full((8, 1, 1), 0.9)])
+        compression.end_step()
+        offsets.append(compression.offset)
+    assert offsets[0] == 5.0 < offsets[1] == offsets[2] < offsets[3]
 
 
 def test_share_of_hard_steps():

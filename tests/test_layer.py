@@ -121,11 +121,11 @@ VARIANTS = {
 def test_layer_is_the_reference(fresh_seed, variant):
     dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_window_size=3, dmc_temp=0.7, dmc_noise=False)
     model = gpt(config(**VARIANTS[variant]), dmc)
-    for training in (False, True):
+    for training, step, temperature in ((False, 0, None), (True, 0, 0.7), (True, 1, None)):  # half the steps are hard
         model.train(training)
-        model.config.dmc_compression.begin_step(1, 2)
+        model.config.dmc_compression.begin_step(step, 2)
         attention, seen = captured(model, layer=1)
-        want, alpha = by_hand(attention, seen["hidden"], seen["rotary"], dmc, temperature=0.7 if training else None)
+        want, alpha = by_hand(attention, seen["hidden"], seen["rotary"], dmc, temperature=temperature)
         torch.testing.assert_close(seen["output"], want, rtol=1e-4, atol=1e-4)
         assert 0.02 < alpha.float().mean() < 0.98
 
@@ -147,6 +147,39 @@ def test_finetune_trains_what_inference_computes(fresh_seed):
     assert 1.1 < compression.end_step().ratio < 10
     compression.offset -= 0.1
     assert not torch.allclose(model.eval()(*arguments), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_what_merging_costs_is_taken_out_of_the_gradient(fresh_seed, per_token, layers):
+    """The same step once more has no gradient along a shift of all decisions. (Of one layer: what a layer's decisions
+    are charged reaches those of layers before it, and takes further steps.)"""
+    dmc = DMCConfig(dmc_stage="retrofit", dmc_init_val=0.1, dmc_temp=0.5)
+    model = gpt(config(num_layers=layers, add_qkv_bias=True, calculate_per_token_loss=per_token), dmc).train()
+    compression = model.config.dmc_compression
+    tokens, positions = torch.randint(0, 64, (BATCH, SEQ), device="cuda"), torch.arange(SEQ, device="cuda")
+    attentions = [layer.self_attention for layer in model.decoder.layers]
+    last = [(g + 1) * 32 - 9 for g in range(2)]  # of the keys, in KV heads of (2 queries, key, value) of 8
+    scale = 3.0  # as a scaled loss has it
+    compression.set_loss_scale(torch.tensor(scale))
+    along = []
+    for _ in range(2):
+        model.zero_grad()
+        compression.begin_step(0, 10)  # the same noise
+        for _ in range(2):
+            (scale * model(tokens, positions.expand(BATCH, -1), None).square().mean()).backward()
+        along.append(sum(a.linear_qkv.bias.grad[last].sum() for a in attentions).item())
+        unit = scale / (layers * 2 * (1 if per_token else BATCH * SEQ))
+        allowed = dict(rel=1e-4, abs=1e-5 * abs(along[0]))
+        assert compression._counts[2].sum().item() * unit == pytest.approx(along[-1], **allowed)
+        compression.end_step()
+        assert compression.offset == 0.1  # half the steps are on hard decisions, and move it
+    assert compression.multiplier != 0 and (layers > 1 or abs(along[1]) < 1e-3 * abs(along[0]))
+    multiplier = compression.multiplier
+    compression.begin_step(1, 10)
+    model(tokens, positions.expand(BATCH, -1), None).square().mean().backward()
+    compression.end_step()
+    assert compression.multiplier == multiplier and compression.offset != 0.1
 
 
 POSITIONS = {
