@@ -116,6 +116,9 @@ class Change:
 
 
 CHANGES = {
+    "as-published": Change(("--dmc-no-moving-offset", "--dmc-hard-steps", "0", "--dmc-no-hard-finetune")),
+    "published-loss": Change(("--dmc-no-moving-offset",)),
+    "soft-retrofit": Change(("--dmc-hard-steps", "0")),
     "soft-finetune": Change(("--dmc-no-hard-finetune",)),
     "shorter-finetune": Change(stages={"zero-out": 2, "retrofit": 20, "finetune": 5}),
     "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 10, "finetune": 15}),

@@ -180,7 +180,7 @@ class Compression:
 
     def set_loss_scale(self, scale: Tensor) -> None:
         """Megatron's hook for attention variants: the factor that brings our gradient to the scale of the loss."""
-        self._loss_scale = scale
+        self._loss_scale = scale.reshape(())
 
     def attach(self, output: Tensor, alpha: Tensor, layer: int, shares: int = 1) -> Tensor:
         """`output` unchanged; in the backward pass the decisions `alpha` `[s/shares, b, g]` of layer `layer` (from 0)

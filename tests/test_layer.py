@@ -161,17 +161,18 @@ def test_what_merging_costs_is_taken_out_of_the_gradient(fresh_seed, per_token, 
     attentions = [layer.self_attention for layer in model.decoder.layers]
     last = [(g + 1) * 32 - 9 for g in range(2)]  # of the keys, in KV heads of (2 queries, key, value) of 8
     scale = 3.0  # as a scaled loss has it
-    compression.set_loss_scale(torch.tensor(scale))
+    compression.set_loss_scale(torch.tensor([scale], device="cuda"))  # as Megatron has it
     along = []
     for _ in range(2):
         model.zero_grad()
         compression.begin_step(0, 10)  # the same noise
         for _ in range(2):
             (scale * model(tokens, positions.expand(BATCH, -1), None).square().mean()).backward()
-        along.append(sum(a.linear_qkv.bias.grad[last].sum() for a in attentions).item())
+        grads = torch.stack([a.linear_qkv.bias.grad[last] for a in attentions])
+        along.append(grads.sum().item())
         unit = scale / (layers * 2 * (1 if per_token else BATCH * SEQ))
-        allowed = dict(rel=1e-4, abs=1e-5 * abs(along[0]))
-        assert compression._counts[2].sum().item() * unit == pytest.approx(along[-1], **allowed)
+        allowed = 1e-4 * grads.abs().sum().item() + 1e-5 * abs(along[0])  # some cancel others
+        assert compression._counts[2].sum().item() * unit == pytest.approx(along[-1], abs=allowed)
         compression.end_step()
         assert compression.offset == 0.1  # half the steps are on hard decisions, and move it
     assert compression.multiplier != 0 and (layers > 1 or abs(along[1]) < 1e-3 * abs(along[0]))
