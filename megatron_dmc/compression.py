@@ -1,14 +1,22 @@
-"""The compression loss and its schedule: how much each layer is asked to merge, and how it feels that it should.
+"""How many tokens merge: the target's schedule, and what holds a model to it.
 
-The loss is `max(0, p_n - m̄)` with `m̄` the share of tokens that merged, over all layers, KV heads, tokens and
-sequences, and `p_n = 1 - 1/CR_n` the share asked for. Its gradient is one constant for every soft decision while
-`m̄ < p_n`, and nothing after. So a layer needs one bit to add its own gradient: the language-model loss of any script
-stays untouched, pipeline stages exchange nothing inside a step, and the gradient does not depend on the layout. The
-bit comes from the step before, reduced over all ranks once per step.
+`m̄` is the share of tokens that merged, over all layers, KV heads, tokens and sequences, and `p_n = 1 - 1/CR_n` the share
+asked for. Counts are reduced over all ranks once per step, and what follows from them holds for the next one: pipeline
+stages exchange nothing inside a step, and no gradient depends on the layout.
 
-The stage `finetune` trains on the hard decisions of inference: on soft ones, a model learns to read what they leave of
-entries that count as merged. Hard ones have no gradient. They stay what `retrofit` made of them, while weights change
-around them, and what holds the ratio is the offset `c`: after every step it moves by the difference of `m̄` and `p`.
+**The offset holds the ratio.** After a step the offset `c` of all decisions moves by `GAIN · (m̄ - p_n)`, as the biases
+of experts do in balancing without an auxiliary loss (Wang et al., 2024, arXiv 2408.15664). What the language-model loss
+thinks of merging as such must then not move the decisions, or they run away below and the offset after them. Along a
+common shift of all logits `a` its gradient is `Σ ∂L/∂a`; a compression loss of weight `λ` adds `-λ Σ ∂m̄/∂a`. With the
+`λ` at which both cancel, the multiplier of Lagrange, the loss says which tokens merge and the offset how many. Each step
+on soft decisions measures both sums and brings `λ` up to date.
+
+**As published** (`--dmc-no-moving-offset`) the offset stays, and the loss `max(0, p_n - m̄)` is added to the other: `λ` is
+1 while `m̄ < p_n`, and 0 after. That is many times what merging costs, and decides whole heads before it has tokens.
+
+Hard decisions, those of inference, have no gradient. The stage `finetune` trains on them, and so does every other step
+of `retrofit`: on soft ones alone, a model learns to read what they leave of entries that count as merged. While there
+are steps on hard decisions, it is these that move the offset.
 """
 
 from __future__ import annotations
