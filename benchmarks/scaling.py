@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [--gpus 1 --gpus 2] [--layout CP-a2a] [--out benchmarks/results/scaling-2xh100.json]
 
 Each case is a run of Megatron's own training loop under torchrun, as in `benchmarks/training_step.py`, whose shapes
-and settings these are: vanilla, and DMC's stage retrofit with the offset that lets random weights merge about three
-tokens of four. A step has four micro-batches for each GPU in every layout, so tokens per step grow with the GPUs and
-compare between layouts. Per layout:
+and settings these are: vanilla, and DMC on soft decisions, which begin at the offset that lets random weights merge
+about three tokens of four. A step has four micro-batches for each GPU in every layout, so tokens per step grow with the
+GPUs and compare between layouts. Per layout:
 
 - step_over_vanilla: DMC's time of a step over vanilla's.
 - scaling: tokens per second per GPU over those of one GPU, each against its own.

@@ -3,9 +3,9 @@
     python benchmarks/training_step.py [--out benchmarks/results/training-step-h200.json]
 
 Each case is a run of Megatron's own training loop on mock data in a process of its own (`megatron-dmc train`): vanilla,
-then DMC's stage retrofit with the decision offset that lets random weights merge about three tokens of four. Times are
-medians over the last iterations of what Megatron logs; memory is the allocator's peak. Vanilla runs twice, before and
-after: the spread says what a difference means.
+then DMC on soft decisions, which begin at the offset that lets random weights merge about three tokens of four. Times
+are medians over the last iterations of what Megatron logs; memory is the allocator's peak. Vanilla runs twice, before
+and after: the spread says what a difference means.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SHAPES = {
         --group-query-attention --num-query-groups 8 --seq-length 8192 --max-position-embeddings 8192
         --rotary-base 500000 --micro-batch-size 1 --global-batch-size 1 --vocab-size 128255""".split(),
 }
-# Soft decisions in every step, which take longer than hard ones, at an offset that stays.
-DMC = "--dmc-stage retrofit --dmc-cr 4 --dmc-init-val -0.86 --dmc-no-moving-offset --dmc-hard-steps 0".split()
+# Soft decisions in every step, as in the steps of retrofit that take longest, with the ratio held from the first on.
+DMC = "--dmc-stage finetune --dmc-no-hard-finetune --dmc-cr 4 --dmc-init-val -0.86".split()
 STEP = re.compile(r" iteration +(\d+)/.*?elapsed time per iteration \(ms\): ([0-9.]+)(.*)")
 PEAK = re.compile(r"peak bytes: (\d+)")
 

@@ -1,18 +1,18 @@
 """How many tokens merge: the target's schedule, and what holds a model to it.
 
-`m̄` is the share of tokens that merged, over all layers, KV heads, tokens and sequences, and `p_n = 1 - 1/CR_n` the share
-asked for. Counts are reduced over all ranks once per step, and what follows from them holds for the next one: pipeline
-stages exchange nothing inside a step, and no gradient depends on the layout.
+`m̄` is the share of tokens that merged, over all layers, KV heads, tokens and sequences, and `p_n = 1 - 1/CR_n` the
+share asked for. Counts are reduced over all ranks once per step, and what follows from them holds for the next one:
+pipeline stages exchange nothing inside a step, and no gradient depends on the layout.
 
 **The offset holds the ratio.** After a step the offset `c` of all decisions moves by `GAIN · (m̄ - p_n)`, as the biases
 of experts do in balancing without an auxiliary loss (Wang et al., 2024, arXiv 2408.15664). What the language-model loss
-thinks of merging as such must then not move the decisions, or they run away below and the offset after them. Along a
-common shift of all logits `a` its gradient is `Σ ∂L/∂a`; a compression loss of weight `λ` adds `-λ Σ ∂m̄/∂a`. With the
-`λ` at which both cancel, the multiplier of Lagrange, the loss says which tokens merge and the offset how many. Each step
-on soft decisions measures both sums and brings `λ` up to date.
+has against merging as such must then not move the decisions, or they sink, and the offset after them. Along a common
+shift of all logits `a` its gradient is `Σ ∂L/∂a`; a compression loss of weight `λ` adds `-λ Σ ∂m̄/∂a`. With the `λ` at
+which both cancel, a Lagrange multiplier, the loss says which tokens merge and the offset how many. Each step on soft
+decisions measures both sums and brings `λ` up to date.
 
-**As published** (`--dmc-no-moving-offset`) the offset stays, and the loss `max(0, p_n - m̄)` is added to the other: `λ` is
-1 while `m̄ < p_n`, and 0 after. That is many times what merging costs, and decides whole heads before it has tokens.
+**As published** (`--dmc-no-moving-offset`) the offset stays, and the loss `max(0, p_n - m̄)` is added to the other: `λ`
+is 1 while `m̄ < p_n`, and 0 after.
 
 Hard decisions, those of inference, have no gradient. The stage `finetune` trains on them, and so does every other step
 of `retrofit`: on soft ones alone, a model learns to read what they leave of entries that count as merged. While there
@@ -211,7 +211,7 @@ class Compression:
             self._counts if self._counts is not None else self._zeros("cuda" if torch.cuda.is_available() else "cpu")
         )
         if torch.distributed.is_initialized():
-            # Counts are whole numbers in float64: the sum is exact, hence the same for every layout and every rank.
+            # Decisions are whole numbers in float64: their sum is exact, hence the same for every layout.
             torch.distributed.all_reduce(counts)
         merged, tokens, cost, slope = counts
         self.merge_rate = merged.sum() / tokens.sum()
@@ -265,10 +265,11 @@ class Compression:
         """The loss's gradient for each decision, straight through the threshold; `None` of hard decisions."""
         if self.hard:
             return None
-        weight = torch.as_tensor(self.multiplier, device=device)
+        weight: Tensor | float = self.multiplier
         if not self.config.dmc_moving_offset:
             weight = torch.as_tensor(self.merge_rate, device=device) < self.merge_target
-        return -(weight * self._unit(tokens))
+        gradient = -(weight * self._unit(tokens))
+        return gradient if isinstance(gradient, Tensor) else torch.full((), gradient, device=device)
 
 
 def passes_in_flight(config: TransformerConfig) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_dmc.compression import Compression
-from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError
+from megatron_dmc.config import DMCConfig, DMCError
 from megatron_dmc.ops.reference import dmc_attention, rotate, zero_out_attention
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -272,7 +272,7 @@ RECOMPUTE = {
 
 def recomputed_step(how, seed):
     """Gradients and counts of a training step with noise, two micro-batches under way, whatever is recomputed."""
-    dmc = DMCConfig(dmc_stage="finetune", dmc_init_val=0.1, dmc_temp=0.5, **AS_PUBLISHED)
+    dmc = DMCConfig(dmc_stage="finetune", dmc_init_val=0.1, dmc_temp=0.5, dmc_hard_finetune=False)
     torch.manual_seed(seed)
     model = gpt(config(**RECOMPUTE[how]), dmc).train()
     model.config.dmc_compression.begin_step(0, 10)
