@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from runs import UNDECIDED, dmc, train
+from runs import UNDECIDED, dmc, saved_arguments, train
 from test_convert import MODELS, SIZES, assert_same_bits, change, make, tensors
 
 from megatron_dmc.config import DMCConfig, DMCError
@@ -414,11 +414,13 @@ def test_trained_checkpoint(megatron, fresh_seed, tmp_path):
     done = dmc("convert", tmp_path / "trained", tmp_path / "out", "--report", report)
     assert done.code == 0 and "trust_remote_code=True" in done.output, done.output
     card = (tmp_path / "out" / "README.md").read_text()
+    offset = saved_arguments(tmp_path / "trained").dmc_init_val
+    assert offset != 0.1  # it has moved
     for line in (
         "| Model | llama, 4 layers, 4 query heads, 2 KV heads of 8 channels |",
         "| Compression ratio, target | 5 tokens per cache entry |",
         "| Window of a merge | no limit |",
-        "| Decision offset | 0.1 |",
+        f"| Decision offset | {offset:g} |",
         "| Stage | retrofit, not finished: it asked for a ratio of 2.33 so far |",
         f"| Compression ratio, last training step | {run.values('compression ratio')[-1]:.2f} |",
         "| Iterations of this stage | 3 of 6 |",
