@@ -150,7 +150,7 @@ class DMCCoreAttention(MegatronModule):
         settings |= self._of_chunks
         if self.training:
             soft, shares = not self.compression.hard, get_pg_size(self._cp) if self._of_chunks else 1
-            key = self.compression.weigh(key, self.layer, shares) if soft else key
+            key = self.compression.weigh(key, self.layer, shares)
             noise = self._noise(key) if soft and dmc.dmc_noise else None
             temperature = dmc.dmc_temp if soft else None
             output, alpha = attend(query, key, value, call.rotary, temperature=temperature, noise=noise, **settings)

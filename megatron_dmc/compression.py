@@ -44,6 +44,10 @@ hundredths, and the noise of soft ones alone spreads them to .25."""
 REACH = 20.0
 """How far the offset moves from `dmc_init_val` at most, where documents are too short for the ratio."""
 
+_COUNTS = ("merged", "tokens", "cost", "slope")
+"""What a step sums up in each layer: tokens that merged, and all; along a common shift of the logits, the gradient of
+the loss in units of `Compression._unit`, and that of the merged tokens' number."""
+
 _NOISE = "dmc-noise-"
 """How the names of layers' states begin among Megatron's."""
 
@@ -124,7 +128,7 @@ class Compression:
         """Whether attention masks keep packed documents apart; in Megatron's own training loop its
         --reset-attention-mask. If not, masks are not read."""
         self._documents: dict[tuple, Documents] = {}  # the last ones found at the end
-        self._counts: Tensor | None = None  # [4, layers]: tokens that merged, tokens, cost, slope
+        self._counts: Tensor | None = None  # [len(_COUNTS), layers]
         self._loss_scale: Tensor | float = 1.0
         self.seed = 1234
         """Of the noise; in Megatron's own training loop its --seed."""
@@ -138,10 +142,9 @@ class Compression:
         if self.config.dmc_stage == "zero-out":
             self.last_channel = max(0.0, 1 - progress / 0.8)
         else:
-            retrofit, share = self.config.dmc_stage == "retrofit", self.config.dmc_hard_steps
-            self.target = 1 + (self.config.dmc_cr - 1) * (progress if retrofit else 1.0)
-            if retrofit:  # spread evenly, after a soft one
-                self.hard = int((iteration + 1) * share) > int(iteration * share)
+            self.target = 1 + (self.config.dmc_cr - 1) * (progress if self.config.dmc_stage == "retrofit" else 1.0)
+            share = self.config.hard_share  # spread evenly, the soft ones first
+            self.hard = int((iteration + 1) * share) > int(iteration * share)
 
     def noise(self, layer: int, device: torch.device, stream: int, first_head: int) -> LogisticNoise:
         """Noise for the next micro-batch of this step in layer `layer` (from 0).
@@ -197,9 +200,14 @@ class Compression:
         return _Attach.apply(output, alpha, self, layer, shares)
 
     def weigh(self, key: Tensor, layer: int, shares: int = 1) -> Tensor:
-        """`key` `[s/shares, b, g, d]` unchanged; in the backward pass the gradient of its decisions is summed up. For
-        soft decisions; other arguments as for `attach`."""
-        return _Weigh.apply(key, self, layer, shares) if self.config.dmc_moving_offset else key
+        """`key` `[s/shares, b, g, d]` unchanged; in the backward pass the gradient of its decisions is summed up, where
+        the multiplier follows from it. Other arguments as for `attach`."""
+        return _Weigh.apply(key, self, layer, shares) if self._weighs else key
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether this step measures what merging costs."""
+        return self.config.dmc_moving_offset and not self.hard
 
     def end_step(self) -> StepReport | None:
         """Reduce the counts over all ranks and set the bit, or the offset and the multiplier, for the next step; `None`
@@ -231,16 +239,12 @@ class Compression:
         along the offset at 0."""
         if slope > 0 and math.isfinite(cost):  # else decisions were hard, or Megatron skips this step
             self.multiplier += cost / slope
-        of_inference = self.hard or not self._has_hard_steps
+        of_inference = self.hard or not self.config.hard_share
         if of_inference and not math.isnan(merge_rate):  # else no layer was in use
             # A checkpoint's offset may lie beyond: from there it comes back by steps like any other.
             begin = self.config.dmc_init_val
             low, high = min(begin - REACH, self.offset), max(begin + REACH, self.offset)
             self.offset = min(max(self.offset + GAIN * (merge_rate - self.merge_target), low), high)
-
-    @property
-    def _has_hard_steps(self) -> bool:
-        return self.config.dmc_stage == "retrofit" and self.config.dmc_hard_steps > 0
 
     def forget_step(self) -> None:
         """Begin the step anew, in this process or another, as if it had not begun."""
@@ -248,14 +252,14 @@ class Compression:
         self._counts = None
 
     def _zeros(self, device) -> Tensor:
-        return torch.zeros(4, self.layers, dtype=torch.float64, device=device)
+        return torch.zeros(len(_COUNTS), self.layers, dtype=torch.float64, device=device)
 
-    def _add(self, layer: int, first: int, *values: Tensor | float) -> None:
-        """To the counts of a layer, from the `first` on."""
+    def _add(self, layer: int, device: torch.device, **values: Tensor | float) -> None:
+        """To the counts of a layer, by their names in `_COUNTS`."""
         if self._counts is None:
-            self._counts = self._zeros(next(x.device for x in values if isinstance(x, Tensor)))
-        for row, x in enumerate(values, first):
-            self._counts[row, layer] += x
+            self._counts = self._zeros(device)
+        for name, x in values.items():
+            self._counts[_COUNTS.index(name), layer] += x
 
     def _unit(self, tokens: int) -> Tensor | float:
         """The gradient, at the scale of the loss, of the share of merged tokens for each decision: `1 / count`."""
@@ -287,7 +291,7 @@ class _Attach(torch.autograd.Function):
         ctx.compression, ctx.layer, ctx.shape, ctx.dtype = compression, layer, alpha.shape, alpha.dtype
         ctx.shares = shares
         slope = None
-        if not compression.hard and compression.config.dmc_moving_offset:
+        if compression._weighs:
             slope = (alpha * (1 - alpha)).sum(dtype=torch.float64) / compression.config.dmc_temp
         ctx.save_for_backward((alpha > 0.5).sum(), slope)
         return output.view_as(output)
@@ -295,9 +299,9 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         merged, slope = ctx.saved_tensors
-        ctx.compression._add(ctx.layer, 0, merged, ctx.shape.numel())
+        ctx.compression._add(ctx.layer, merged.device, merged=merged, tokens=ctx.shape.numel())
         if slope is not None:
-            ctx.compression._add(ctx.layer, 3, slope)
+            ctx.compression._add(ctx.layer, merged.device, slope=slope)
         s, b, _ = ctx.shape
         gradient = ctx.compression._gradient(s * b * ctx.shares, merged.device)
         gradient = None if gradient is None else gradient.to(ctx.dtype).expand(ctx.shape)
@@ -314,5 +318,5 @@ class _Weigh(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         s, b = grad.shape[:2]
         cost = grad[..., -1].sum(dtype=torch.float64) / ctx.compression._unit(s * b * ctx.shares)
-        ctx.compression._add(ctx.layer, 2, cost)
+        ctx.compression._add(ctx.layer, grad.device, cost=cost)
         return grad, None, None, None

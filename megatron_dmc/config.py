@@ -90,9 +90,14 @@ class DMCConfig:
         return self.dmc_stage in ("retrofit", "finetune")
 
     @property
+    def hard_share(self) -> float:
+        """The share of this stage's steps that train on hard decisions."""
+        return {"retrofit": self.dmc_hard_steps, "finetune": float(self.dmc_hard_finetune)}.get(self.dmc_stage, 0.0)
+
+    @property
     def soft(self) -> bool:
         """Whether this stage teaches decisions, which takes soft ones; hard ones have no gradient."""
-        return self.dmc_stage != "finetune" or not self.dmc_hard_finetune
+        return self.hard_share < 1
 
     @classmethod
     def from_args(cls, args: Any) -> DMCConfig:

@@ -142,7 +142,7 @@ def test_the_multiplier_outlives_steps_that_say_nothing():
     steps = (6.0, 4.0, 1.5), (math.inf, 4.0, 1.5), (math.nan, 4.0, 1.5), (1.0, 0.0, 1.5), (-1.0, 2.0, 1.0)
     for cost, slope, expected in steps:
         compression.begin_step(0, 1)
-        compression._add(0, 0, torch.tensor(6.0), 8, cost, slope)
+        compression._add(0, torch.device("cpu"), merged=6, tokens=8, cost=cost, slope=slope)
         compression.end_step()
         assert compression.multiplier == expected
 

@@ -9,10 +9,12 @@ pytestmark = pytest.mark.usefixtures("megatron")
 def test_a_retrofit_follows_the_single_process(base):
     """Twelve steps of the schedule with Adam and noise: rounding grows, and stays below these bounds."""
     flags = ["--dmc-stage", "retrofit", "--dmc-cr", 4, *UNDECIDED, "--load", base, "--finetune", "--train-iters", 12]
+    flags += ["--dmc-window-size", 5]  # a chunk of all_gather has 6 tokens
     expected = train(*flags, "--lr", "1e-3")
     assert len(expected.steps) == 12 and max(expected.values("compression loss")) > 0.01
     grid = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
-    for layout, processes in ((grid, 4), ("--context-parallel-size 2 --cp-comm-type a2a", 2)):
+    context = "--context-parallel-size 2 --cp-comm-type"
+    for layout, processes in ((grid, 4), (f"{context} a2a", 2), (f"{context} all_gather", 2)):
         run = train(*flags, "--lr", "1e-3", *layout.split(), processes=processes)
         assert run.values("lm loss") == pytest.approx(expected.values("lm loss"), rel=2e-4), layout
         assert run.values("compression ratio") == pytest.approx(expected.values("compression ratio"), rel=2e-3), layout

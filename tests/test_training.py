@@ -250,7 +250,7 @@ def test_a_step_that_megatron_will_repeat_leaves_no_trace(monkeypatch):
     model = [torch.nn.Module()]
 
     def step(exits):
-        compression._add(0, 0, torch.tensor(1.0), 10)
+        compression._add(0, torch.device("cpu"), merged=1.0, tokens=10)
         return {}, exits, True, exits, 16 if exits else None, None, None, 0
 
     for exits in (True, False):
