@@ -111,7 +111,7 @@ class Change:
 
     flags: tuple[str, ...] = ()
     lr: float = 1
-    tokens: int = 1
+    tokens: float = 1
     stages: dict[str, int] = field(default_factory=lambda: STAGES)
 
 
@@ -120,15 +120,16 @@ CHANGES = {
     "published-loss": Change(("--dmc-no-moving-offset",)),
     "soft-retrofit": Change(("--dmc-hard-steps", "0")),
     "soft-finetune": Change(("--dmc-no-hard-finetune",)),
-    "shorter-finetune": Change(stages={"zero-out": 2, "retrofit": 20, "finetune": 5}),
+    "a-quarter-of-the-tokens": Change(tokens=0.25),
     "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 10, "finetune": 15}),
-    "longest-finetune": Change(stages={"zero-out": 2, "retrofit": 6, "finetune": 19}),
-    "temperature-0.3": Change(("--dmc-temp", "0.3")),
-    "twice-the-lr": Change(lr=2),
-    "half-the-lr": Change(lr=0.5),
-    "window-4": Change(("--dmc-window-size", "4")),
     "window-24": Change(("--dmc-window-size", "24")),
+    "half-the-lr": Change(lr=0.5),
+    "temperature-0.3": Change(("--dmc-temp", "0.3")),
+    "window-4": Change(("--dmc-window-size", "4")),
+    "shorter-finetune": Change(stages={"zero-out": 2, "retrofit": 20, "finetune": 5}),
+    "longest-finetune": Change(stages={"zero-out": 2, "retrofit": 6, "finetune": 19}),
     "temperature-0.02": Change(("--dmc-temp", "0.02")),
+    "twice-the-lr": Change(lr=2),
     "twice-the-tokens": Change(tokens=2),
 }
 
@@ -164,7 +165,7 @@ METHODS = (
 )  # fmt: skip
 """In the order in which they begin."""
 REPORTED = ("dmc-4x", "distilled-4x")
-CONTROLLED = ("twice-the-lr", "half-the-lr", "twice-the-tokens")
+CONTROLLED = ("twice-the-lr", "half-the-lr", "twice-the-tokens", "a-quarter-of-the-tokens")
 """Changes that a control can have, too."""
 ABLATIONS = tuple(
     method
@@ -309,7 +310,7 @@ def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
     change = method.change
     lr, shares = work.options.lr * change.lr, sum(change.stages.values())
     for name, share in change.stages.items():
-        iterations = max(2, work.size.run * change.tokens * share // shares // method.divisor)
+        iterations = max(2, int(work.size.run * change.tokens) * share // shares // method.divisor)
         last = name == "finetune"
         flags = ["--lr", lr, "--min-lr", lr / 20 if last else lr, "--lr-warmup-iters", min(50, iterations // 2)]
         flags += ["--lr-decay-style", "cosine"]
