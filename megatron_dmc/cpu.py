@@ -13,7 +13,6 @@ import inspect
 import logging
 import os
 import runpy
-import socket
 import sys
 import threading
 from types import SimpleNamespace
@@ -213,11 +212,8 @@ def _emulate_megatron() -> None:
 def default_environment() -> None:
     """What torchrun would set for a single process, where nothing has set it."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            alone["MASTER_PORT"] = str(listener.getsockname()[1])
+    # Port 0 is any that is free when the store opens; one that was looked for before may be taken by then.
+    alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     for name, value in alone.items():
         os.environ.setdefault(name, value)
 
