@@ -45,7 +45,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -164,7 +164,7 @@ METHODS = (
     Method("gqa", 8), Method("distilled", 2), Method("distilled", 4, divisor=4),
 )  # fmt: skip
 """In the order in which they begin."""
-REPORTED = ("dmc-4x", "distilled-4x")
+REPORTED = tuple(method for method in METHODS if method.name in ("dmc-4x", "distilled-4x"))
 CONTROLLED = ("twice-the-lr", "half-the-lr", "twice-the-tokens", "a-quarter-of-the-tokens")
 """Changes that a control can have, too."""
 ABLATIONS = tuple(
@@ -173,6 +173,7 @@ ABLATIONS = tuple(
     for method in (Method("control", 1, changed=name), Method("dmc", 4, changed=name))
     if method.kind == "dmc" or name in CONTROLLED
 )
+NAMES = tuple(method.name for method in METHODS + ABLATIONS)
 
 
 class Stopped(Exception):
@@ -184,6 +185,8 @@ class Work:
 
     def __init__(self, options: argparse.Namespace):
         self.folder, self.options, self.size = options.work, options, SIZES[options.size]
+        if options.iterations is not None:
+            self.size = replace(self.size, run=options.iterations)
         self.end = time.monotonic() + 60 * options.minutes
         self.folder.mkdir(parents=True, exist_ok=True)
         self.failures: list[str] = []
@@ -206,6 +209,7 @@ class Work:
 
         names = ("size", "base_lr", "lr", "teacher_weight")
         path, given = self.folder / "settings.json", {name: getattr(self.options, name) for name in names}
+        given["iterations"] = self.size.run
         given["commit"] = circumstances(self.options.commit)["commit"]
         if not path.exists():
             path.write_text(json.dumps(given) + "\n")
@@ -238,6 +242,10 @@ class Work:
 
     def dmc(self, *arguments, log: str, slot: int | None = None) -> None:
         self.call(sys.executable, "-m", "megatron_dmc", *arguments, log=log, slot=slot)
+
+    def wanted(self, methods: tuple[Method, ...]) -> list[Method]:
+        """Those of the methods that `--only` names, or all."""
+        return [method for method in methods if not self.options.only or method.name in self.options.only]
 
     def left(self) -> float:
         """Minutes."""
@@ -340,7 +348,7 @@ def run(work: Work, method: Method, slot: int) -> None:
             begin = work.folder / name
         export(work, begin, method.name, slot)
     for stage in STAGES:  # with their optimizers' states they would fill a disk
-        if stage != "finetune" or method.name not in REPORTED:
+        if stage != "finetune" or method not in REPORTED:
             shutil.rmtree(work.folder / "runs" / method.name / stage, ignore_errors=True)
     measured(work, [dict(name=method.name, model=method.name, press=None, budgets=None)], method.name, slot)
 
@@ -373,11 +381,11 @@ def runs(work: Work) -> None:
         export(work, work.folder / "base", "base")
     base_alone = [dict(name="base", model="base", press=None, budgets=None)]
     tasks = [lambda slot: measured(work, base_alone, "base", slot)]
-    parallel(work, tasks + [lambda slot, method=method: run(work, method, slot) for method in METHODS])
+    parallel(work, tasks + [lambda slot, method=method: run(work, method, slot) for method in work.wanted(METHODS)])
 
 
 def ablations(work: Work) -> None:
-    parallel(work, [lambda slot, method=method: run(work, method, slot) for method in ABLATIONS])
+    parallel(work, [lambda slot, method=method: run(work, method, slot) for method in work.wanted(ABLATIONS)])
 
 
 def parallel(work: Work, tasks: list) -> None:
@@ -475,7 +483,7 @@ def reports(work: Work) -> None:
             "--max-tokens", 25 * work.size.sequence, "--output", done, log=f"{name}.report", slot=slot,
         )  # fmt: skip
 
-    parallel(work, [lambda slot, name=name: one(name, slot) for name in REPORTED])
+    parallel(work, [lambda slot, name=method.name: one(name, slot) for method in work.wanted(REPORTED)])
 
 
 def collect(work: Work) -> dict:
@@ -613,6 +621,10 @@ def main() -> int:
         "--at-once", type=int, default=2, help="runs on a GPU: while one starts or is exported, others train (2)"
     )
     parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--iterations", type=int, help="of each run, its three stages together (full: 810, tiny: 27)")
+    parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", choices=NAMES, help=f"of runs and ablations: {', '.join(NAMES)}"
+    )
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=7e-4, help="of the runs from the base")
     parser.add_argument("--teacher-weight", type=float, default=0.5, help="of the runs `distilled` (0.5)")
@@ -645,7 +657,7 @@ def main() -> int:
             continue
         try:
             globals()[part](work)
-            if not work.failures:
+            if not work.failures and not options.only:
                 mark.touch()
         except Stopped:
             stopped = True

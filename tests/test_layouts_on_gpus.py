@@ -127,10 +127,16 @@ def test_layouts_on_gpus(runs, megatron, name):
         assert max(expected.values("compression ratio")) > 1.3
     assert min(expected.values("grad norm")) > 0.01
     wide = 10 if "fp8" in name else 1  # 3 bits of a mantissa, and a scale for each rank's part
+    # Beyond that, where the mock data is learned by heart, a hard decision that rounding turns is 5% of the loss.
+    steps = 10 if HELD in name else 20
+    largest = {}
+    for value in bounds:
+        pairs = zip(run.values(value)[:steps], expected.values(value)[:steps], strict=True)
+        errors = [abs(a / b - 1) for a, b in pairs]
+        largest[value] = max(errors)
+        print(name, value, "differs by at most", max(errors), "by step:", [f"{error:.0e}" for error in errors])
     for value, bound in bounds.items():
-        errors = [abs(a / b - 1) for a, b in zip(run.values(value), expected.values(value), strict=True)]
-        print(name, value, "differs by at most", max(errors))
-        assert max(errors) < bound * wide, f"{value}: {run.values(value)} for {expected.values(value)}"
+        assert largest[value] < bound * wide, f"{value}: {run.values(value)} for {expected.values(value)}"
     if not with_gradients:
         return
     ours, theirs = gradients(folder / name), gradients(folder / other)

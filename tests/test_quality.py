@@ -160,8 +160,8 @@ def test_a_job_that_fails_leaves_the_others_measured(folder, tmp_path, monkeypat
 
 def options_of(work, **changes):
     """Of the command line of `benchmarks/quality.py`."""
-    options = dict(work=work, size="tiny", minutes=5, gpus=1, at_once=2, commit=None, base_lr=1, lr=1, teacher_weight=1,
-                   reserve=0, peers_path=None, out=work / "out.json")  # fmt: skip
+    options = dict(work=work, size="tiny", minutes=5, gpus=1, at_once=2, commit=None, iterations=None, only=None,
+                   base_lr=1, lr=1, teacher_weight=1, reserve=0, peers_path=None, out=work / "out.json")  # fmt: skip
     return SimpleNamespace(**options | changes)
 
 
@@ -264,6 +264,25 @@ def test_results_are_written_as_they_come(tmp_path):
     assert [slot for slot, _ in asked] == [1, 1]
 
 
+def test_some_methods_alone_and_longer(tmp_path, monkeypatch):
+    from benchmarks import quality
+
+    only = ["gqa-2x", "dmc-4x-soft-finetune", "dmc-4x"]
+    work = quality.Work(options_of(tmp_path, only=only, iterations=54))
+    asked = []
+    monkeypatch.setattr(quality, "run", lambda work, method, slot: asked.append(method.name))
+    monkeypatch.setattr(quality, "measured", lambda work, jobs, name, slot: None)
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "models" / "base" / "config.json").write_text("{}")
+    quality.runs(work)
+    assert sorted(asked) == ["dmc-4x", "gqa-2x"]
+    quality.ablations(work)
+    assert asked[2:] == ["dmc-4x-soft-finetune"]
+    assert [n for _, n, _ in quality.stages(work, quality.METHODS[0])] == [4, 30, 20]
+    with pytest.raises(SystemExit, match="was begun with"):
+        quality.Work(options_of(tmp_path, only=only))
+
+
 def test_what_is_called_runs_on_the_gpu_of_its_slot(tmp_path, monkeypatch):
     from benchmarks import quality
 
@@ -291,8 +310,8 @@ import signal, sys
 from argparse import Namespace
 from pathlib import Path
 from benchmarks import quality
-options = Namespace(work=Path({str(tmp_path)!r}), size="tiny", minutes=5, gpus=1, commit=None, base_lr=1, lr=1,
-                    teacher_weight=1, reserve=0, at_once=1, peers_path=None)
+options = Namespace(work=Path({str(tmp_path)!r}), size="tiny", minutes=5, gpus=1, commit=None, iterations=None,
+                    only=None, base_lr=1, lr=1, teacher_weight=1, reserve=0, at_once=1, peers_path=None)
 work = quality.Work(options)
 signal.signal(signal.SIGTERM, lambda *_: quality.end(work))
 sleep = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
