@@ -77,12 +77,41 @@ class StepReport:
     layer_ratios: Tensor
 
 
+@dataclass(frozen=True)
+class _Reduced:
+    """A step's counts over all ranks; `for_host` are merge rate, cost and slope of all layers, and `copied` tells when
+    the device has copied them."""
+
+    counts: Tensor
+    merge_rate: Tensor
+    for_host: Tensor
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, counts: Tensor) -> _Reduced:
+        merged, tokens, cost, slope = counts.sum(1)
+        merge_rate = merged / tokens
+        # Into pinned memory. Behind the optimizer's step it would wait for that, and the next step's launches with it.
+        for_host = torch.stack([merge_rate, cost, slope]).to("cpu", non_blocking=True)
+        copied = None
+        if counts.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        return cls(counts, merge_rate, for_host, copied)
+
+    def wait(self) -> list[float]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.for_host.tolist()
+
+
 class Compression:
     """One model's compression in training: the schedule, the count of decisions, the gradient of the loss.
 
     Every DMC layer of a model, in all its pipeline chunks, holds the same object. A training step is
-    `begin_step`, then forward and backward passes, then `end_step`, on every rank. A loop of one's own saves and
-    restores `offset`, `multiplier` and `merge_rate` with the model.
+    `begin_step`, then forward and backward passes, then `end_step`, on every rank; `reduce_counts` before the
+    optimizer's step spares the host a wait for that. A loop of one's own saves and restores `offset`, `multiplier` and
+    `merge_rate` with the model.
 
     Args:
         config: the settings.
@@ -129,6 +158,7 @@ class Compression:
         --reset-attention-mask. If not, masks are not read."""
         self._documents: dict[tuple, Documents] = {}  # the last ones found at the end
         self._counts: Tensor | None = None  # [len(_COUNTS), layers]
+        self._reduced: _Reduced | None = None
         self._loss_scale: Tensor | float = 1.0
         self.seed = 1234
         """Of the noise; in Megatron's own training loop its --seed."""
@@ -209,24 +239,33 @@ class Compression:
         """Whether this step measures what merging costs."""
         return self.config.dmc_moving_offset and not self.hard
 
-    def end_step(self) -> StepReport | None:
-        """Reduce the counts over all ranks and set the bit, or the offset and the multiplier, for the next step; `None`
-        if no decision was made."""
-        _forget_noise()
+    def reduce_counts(self) -> None:
+        """Have the step's counts summed up over all ranks, and what the host needs of them copied to it, after the last
+        backward pass of the step, on every rank. Waits for nothing."""
         if not self.config.merges:
-            return None
+            return
         counts = (
             self._counts if self._counts is not None else self._zeros("cuda" if torch.cuda.is_available() else "cpu")
         )
+        self._counts = None
         if torch.distributed.is_initialized():
             # Decisions are whole numbers in float64: their sum is exact, hence the same for every layout.
             torch.distributed.all_reduce(counts)
-        merged, tokens, cost, slope = counts
-        self.merge_rate = merged.sum() / tokens.sum()
+        self._reduced = _Reduced.of(counts)
+
+    def end_step(self) -> StepReport | None:
+        """Set the bit, or the offset and the multiplier, for the next step; `None` if no decision was made. Reduces the
+        counts where that has not been done. Where an offset moves, waits for the device to have come that far."""
+        _forget_noise()
+        if not self.config.merges:
+            return None
+        if self._reduced is None:
+            self.reduce_counts()
+        merged, tokens, _, _ = self._reduced.counts
+        self.merge_rate = self._reduced.merge_rate
         if self.config.dmc_moving_offset or not self.config.soft:
-            # Waits for the device, as Megatron has done in this step for the gradient's norm.
-            self._hold(*torch.stack([self.merge_rate, cost.sum(), slope.sum()]).tolist())
-        self._counts = None
+            self._hold(*self._reduced.wait())
+        self._reduced = None
         return StepReport(
             loss=(self.merge_target - self.merge_rate).clamp(min=0),
             ratio=1 / (1 - self.merge_rate),
@@ -249,7 +288,7 @@ class Compression:
     def forget_step(self) -> None:
         """Begin the step anew, in this process or another, as if it had not begun."""
         _forget_noise()
-        self._counts = None
+        self._counts = self._reduced = None
 
     def _zeros(self, device) -> Tensor:
         return torch.zeros(len(_COUNTS), self.layers, dtype=torch.float64, device=device)

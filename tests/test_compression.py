@@ -128,6 +128,24 @@ def test_the_offset_stays_where_decisions_are_soft(settings):
     assert compression.offset == 5.0
 
 
+@pytest.mark.parametrize("repeated", [False, True])
+def test_counts_can_be_reduced_before_the_end(repeated):
+    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True), 2, 1)
+    merged, appended = torch.ones(8, 1, 1), torch.zeros(8, 1, 1)
+    compression.begin_step(0, 1)
+    if repeated:  # Megatron suspects a fault, and makes the passes again
+        step(compression, [merged, merged])
+        compression.reduce_counts()
+    step(compression, [appended, merged])
+    compression.reduce_counts()
+    report = compression.end_step()
+    assert report.layer_ratios.tolist() == [1, math.inf] and compression.merge_rate == 0.5
+    assert compression.offset == 5.0 + GAIN * (0.5 - 0.75)
+    compression.begin_step(1, 2)
+    step(compression, [merged, merged])
+    assert compression.end_step().ratio == math.inf  # and nothing of the step before
+
+
 def test_hard_decisions_count_and_have_no_gradient():
     compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True), 1, 1)
     compression.begin_step(0, 1)
