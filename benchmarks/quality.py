@@ -633,7 +633,11 @@ def main() -> int:
         type=Path,
         help="where `pip install --target PATH kvpress==0.5.5 transformers==5.2.0` put them",
     )
-    parser.add_argument("--out", type=Path, help="(default: benchmarks/results/quality.json; tiny: in the folder)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="(default: benchmarks/results/quality.json; tiny, and with --iterations or --only: in the folder)",
+    )
     parser.add_argument("--commit", help="to note where the checkout has no history")
     options = parser.parse_args()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -642,12 +646,14 @@ def main() -> int:
     size = SIZES[options.size]
     if size.batch % (options.gpus * min(size.micro, max(1, size.batch // options.gpus))):
         parser.error(f"--gpus {options.gpus}: the base's batch of {size.batch} sequences does not divide among them")
-    parts = options.parts or PARTS
+    if options.iterations is not None and options.iterations < 27:
+        parser.error(f"--iterations {options.iterations}: a run's stages have 2, 15 and 10 of 27; give 27 at least")
+    parts = options.parts or tuple(part for part in PARTS if part != "peers" or not options.only)
     if "peers" in parts and options.peers_path is None and find_spec("kvpress") is None:
         parser.error("the part peers needs kvpress: install it as --help says for --peers-path, or name other parts")
     options.work = (options.work or Path(f"runs/quality-{options.size}")).resolve()
-    tiny = options.size == "tiny"
-    options.out = options.out or (options.work if tiny else ROOT / "benchmarks" / "results") / "quality.json"
+    usual = options.size == "full" and options.iterations is None and not options.only
+    options.out = options.out or (ROOT / "benchmarks" / "results" if usual else options.work) / "quality.json"
     work = Work(options)
     signal.signal(signal.SIGTERM, lambda *_: end(work))
     stopped = False
@@ -657,7 +663,7 @@ def main() -> int:
             continue
         try:
             globals()[part](work)
-            if not work.failures and not options.only:
+            if not work.failures and (not options.only or part in ("text", "base")):
                 mark.touch()
         except Stopped:
             stopped = True

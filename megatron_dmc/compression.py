@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from megatron_dmc.config import DMCConfig
+from megatron_dmc.config import DMCConfig, DMCError
 from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise
 
@@ -166,7 +166,7 @@ class Compression:
 
     def begin_step(self, iteration: int, total: int) -> None:
         """Set the schedule for step `iteration` (from 0) of `total`."""
-        _forget_noise()
+        self.forget_step()
         self.iteration = iteration
         progress = min(1.0, iteration / total) if total else 1.0
         if self.config.dmc_stage == "zero-out":
@@ -241,7 +241,8 @@ class Compression:
 
     def reduce_counts(self) -> None:
         """Have the step's counts summed up over all ranks, and what the host needs of them copied to it, after the last
-        backward pass of the step, on every rank. Waits for nothing."""
+        backward pass of the step, on every rank. Waits for nothing. What was reduced before in the step is dropped:
+        then its passes were made again."""
         if not self.config.merges:
             return
         counts = (
@@ -255,10 +256,16 @@ class Compression:
 
     def end_step(self) -> StepReport | None:
         """Set the bit, or the offset and the multiplier, for the next step; `None` if no decision was made. Reduces the
-        counts where that has not been done. Where an offset moves, waits for the device to have come that far."""
+        counts where that has not been done. Where an offset moves, waits for the device to have come that far.
+
+        Raises:
+            DMCError: after a backward pass that came after `reduce_counts`.
+        """
         _forget_noise()
         if not self.config.merges:
             return None
+        if self._reduced is not None and self._counts is not None:
+            raise DMCError("a backward pass came after reduce_counts: call it after the step's last one")
         if self._reduced is None:
             self.reduce_counts()
         merged, tokens, _, _ = self._reduced.counts

@@ -212,10 +212,11 @@ def _emulate_megatron() -> None:
 def default_environment() -> None:
     """What torchrun would set for a single process, where nothing has set it."""
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Port 0 is any that is free when the store opens; one that was looked for before may be taken by then.
-    alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    for name, value in alone.items():
+    for name, value in dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1").items():
         os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        # Any that is free when the store opens; one that was looked for before may be taken by then.
+        os.environ.setdefault("MASTER_PORT", "0")
 
 
 def main() -> None:

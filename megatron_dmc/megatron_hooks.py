@@ -14,7 +14,7 @@ The loop has no callback for a step's begin and end, so `install` wraps function
 - `_load_base_checkpoint`: so does the offset, for a stage that begins from a checkpoint as well.
 - `read_metadata`: a run goes on from the latest checkpoint that is whole (`megatron_dmc.resume`).
 
-A loop of one's own calls `Compression.begin_step` and `end_step` instead, and keeps what these change.
+A loop of one's own calls `Compression.begin_step`, `reduce_counts` and `end_step` instead, and keeps what these change.
 """
 
 from __future__ import annotations

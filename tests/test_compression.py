@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dmc.compression import GAIN, REACH, Compression, passes_in_flight
-from megatron_dmc.config import AS_PUBLISHED, DMCConfig
+from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError
 from megatron_dmc.ops.documents import Documents
 
 
@@ -144,6 +144,11 @@ def test_counts_can_be_reduced_before_the_end(repeated):
     compression.begin_step(1, 2)
     step(compression, [merged, merged])
     assert compression.end_step().ratio == math.inf  # and nothing of the step before
+    compression.begin_step(1, 2)
+    compression.reduce_counts()
+    step(compression, [merged, merged])
+    with pytest.raises(DMCError, match="after reduce_counts"):
+        compression.end_step()
 
 
 def test_hard_decisions_count_and_have_no_gradient():

@@ -121,14 +121,14 @@ def test_layouts_on_gpus(runs, megatron, name):
         assert one.code == 0, one.output[-6000:]
         assert len(one.steps) == 20
     bounds = {"lm loss": 0.006, "compression ratio": 0.005, "grad norm": 0.03}
+    # Beyond that, where the mock data is learned by heart, a hard decision that rounding turns is 5% of the loss.
+    steps = 10 if HELD in name else 20
     if "zero-out" in name:  # nothing merges
         bounds.pop("compression ratio")
     else:
-        assert max(expected.values("compression ratio")) > 1.3
+        assert max(expected.values("compression ratio")[:steps]) > 1.3
     assert min(expected.values("grad norm")) > 0.01
     wide = 10 if "fp8" in name else 1  # 3 bits of a mantissa, and a scale for each rank's part
-    # Beyond that, where the mock data is learned by heart, a hard decision that rounding turns is 5% of the loss.
-    steps = 10 if HELD in name else 20
     largest = {}
     for value in bounds:
         pairs = zip(run.values(value)[:steps], expected.values(value)[:steps], strict=True)

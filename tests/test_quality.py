@@ -283,6 +283,24 @@ def test_some_methods_alone_and_longer(tmp_path, monkeypatch):
         quality.Work(options_of(tmp_path, only=only))
 
 
+def test_some_methods_alone_leave_the_rest_to_be_done(tmp_path, monkeypatch):
+    """Text is written once: whatever goes on trains on the same."""
+    from benchmarks import quality
+
+    done = []
+    for part in quality.PARTS:
+        monkeypatch.setattr(quality, part, lambda work, part=part: done.append(part))
+    line = ["quality.py", "--size", "tiny", "--work", str(tmp_path), "--peers-path", str(tmp_path)]
+    for flags in (["--only", "dmc-4x"], ["--only", "gqa-4x"], []):
+        monkeypatch.setattr(sys, "argv", line + flags)
+        assert quality.main() == 0
+    rest = ["runs", "reports", "ablations"]
+    assert done == ["text", "base", *rest, *rest, "runs", "peers", "reports", "ablations"]
+    monkeypatch.setattr(sys, "argv", [*line, "--iterations", "26"])
+    with pytest.raises(SystemExit, match="2"):
+        quality.main()
+
+
 def test_what_is_called_runs_on_the_gpu_of_its_slot(tmp_path, monkeypatch):
     from benchmarks import quality
 
