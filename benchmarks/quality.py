@@ -623,7 +623,11 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--iterations", type=int, help="of each run, its three stages together (full: 810, tiny: 27)")
     parser.add_argument(
-        "--only", nargs="+", metavar="METHOD", choices=NAMES, help=f"of runs and ablations: {', '.join(NAMES)}"
+        "--only",
+        nargs="+",
+        metavar="METHOD",
+        choices=NAMES,
+        help=f"of runs and ablations, and no peers unless named: {', '.join(NAMES)}",
     )
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=7e-4, help="of the runs from the base")
@@ -646,8 +650,9 @@ def main() -> int:
     size = SIZES[options.size]
     if size.batch % (options.gpus * min(size.micro, max(1, size.batch // options.gpus))):
         parser.error(f"--gpus {options.gpus}: the base's batch of {size.batch} sequences does not divide among them")
-    if options.iterations is not None and options.iterations < 27:
-        parser.error(f"--iterations {options.iterations}: a run's stages have 2, 15 and 10 of 27; give 27 at least")
+    shares = sum(STAGES.values())
+    if options.iterations is not None and options.iterations < shares:
+        parser.error(f"--iterations {options.iterations}: a run's stages share {shares} parts; give as many at least")
     parts = options.parts or tuple(part for part in PARTS if part != "peers" or not options.only)
     if "peers" in parts and options.peers_path is None and find_spec("kvpress") is None:
         parser.error("the part peers needs kvpress: install it as --help says for --peers-path, or name other parts")

@@ -4,9 +4,9 @@ The loop has no callback for a step's begin and end, so `install` wraps function
 
 - `train_step`: the schedule before a step; after it the offset for the next, the log line, and at the end of the stage
   `zero-out` the zeroed query rows. Every rank comes here once per step, whatever layers it holds.
-- `finalize_model_grads_func` of the model's config, which Megatron calls between the last backward pass and the
-  optimizer: the reduction of what layers have counted. (Reducing inside a layer would deadlock a pipeline: its first
-  stage would wait for a stage that waits for its activations.)
+- `finalize_model_grads`, between the last backward pass and the optimizer: the reduction of what layers have counted.
+  (Reducing inside a layer would deadlock a pipeline: its first stage would wait for a stage that waits for its
+  activations.) A script that brings its own `finalize_model_grads_func` has it after the optimizer's step.
 - `evaluate`: the schedule, for a run that only evaluates.
 - `save_checkpoint`, `check_checkpoint_args`: the share of merged tokens and the multiplier, on which the next step's
   loss depends, travel with the arguments that Megatron saves. What `--save-retain-interval` deletes has two whole
@@ -80,6 +80,7 @@ def install(compression: Compression) -> None:
     compression.packed_by_mask = args.reset_attention_mask
     vars(args).update(asdict(compression.config))
     _wrap(training, "train_step", _train_step)
+    _wrap(training, "finalize_model_grads", _finalize_model_grads)
     _wrap(training, "evaluate", _evaluate)
     _wrap(training, "save_checkpoint", _save_checkpoint)
     _wrap(checkpointing, "check_checkpoint_args", _check_checkpoint_args)
@@ -217,10 +218,10 @@ def _train_step(original, forward_step_func, data_iterator, model, optimizer, *a
     return losses, *rest
 
 
-def _finalize_model_grads(compression: Compression, original, *args, **kwargs):
-    result = original(*args, **kwargs)
-    compression.reduce_counts()
-    return result
+def _finalize_model_grads(original, model, *args, **kwargs):
+    original(model, *args, **kwargs)
+    if (compression := _compression_of(model)) is not None:
+        compression.reduce_counts()
 
 
 def _take_up(compression: Compression) -> None:
@@ -234,12 +235,7 @@ def _take_up(compression: Compression) -> None:
 
 
 def _begin_training(compression: Compression, model: list, iteration: int) -> None:
-    from megatron.core.utils import get_model_config
-
     _take_up(compression)
-    config = get_model_config(model[0])
-    if getattr(config, "finalize_model_grads_func", None) is not None:
-        _wrap(config, "finalize_model_grads_func", functools.partial(_finalize_model_grads, compression))
     begins = compression.config.dmc_stage == "retrofit" and iteration == 0
     if begins and any(not layer.importance_is_zeroed() for layer in dmc_layers(model)):
         warnings.warn(

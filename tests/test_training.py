@@ -246,13 +246,12 @@ def test_a_step_that_megatron_will_repeat_leaves_no_trace(monkeypatch):
     args = SimpleNamespace(dmc_init_val=4.2, dmc_merge_rate=0.7, curr_iteration=5, train_iters=8)
     monkeypatch.setattr(global_vars, "get_args", lambda: args)
     compression = Compression(DMCConfig(dmc_stage="finetune"), 1, 1)
-    config = SimpleNamespace(dmc_compression=compression, finalize_model_grads_func=lambda: None)
-    monkeypatch.setattr(utils, "get_model_config", lambda _: config)
+    monkeypatch.setattr(utils, "get_model_config", lambda _: SimpleNamespace(dmc_compression=compression))
     model = [torch.nn.Module()]
 
     def step(exits):
         compression._add(0, torch.device("cpu"), merged=1.0, tokens=10)
-        config.finalize_model_grads_func()
+        megatron_hooks._finalize_model_grads(lambda _: None, model)
         assert compression._counts is None  # reduced before the optimizer
         return {}, exits, True, exits, 16 if exits else None, None, None, 0
 
