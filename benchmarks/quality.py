@@ -244,8 +244,9 @@ class Work:
         self.call(sys.executable, "-m", "megatron_dmc", *arguments, log=log, slot=slot)
 
     def wanted(self, methods: tuple[Method, ...]) -> list[Method]:
-        """Those of the methods that `--only` names, or all."""
-        return [method for method in methods if not self.options.only or method.name in self.options.only]
+        """Those of the methods that `--only` names, in its order, or all."""
+        only = {name: place for place, name in enumerate(self.options.only or [method.name for method in methods])}
+        return sorted((method for method in methods if method.name in only), key=lambda method: only[method.name])
 
     def left(self) -> float:
         """Minutes."""
@@ -627,7 +628,7 @@ def main() -> int:
         nargs="+",
         metavar="METHOD",
         choices=NAMES,
-        help=f"of runs and ablations, and no peers unless named: {', '.join(NAMES)}",
+        help=f"of runs and ablations, begun in this order, and no peers unless named: {', '.join(NAMES)}",
     )
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=7e-4, help="of the runs from the base")

@@ -276,6 +276,7 @@ def test_some_methods_alone_and_longer(tmp_path, monkeypatch):
     (tmp_path / "models" / "base" / "config.json").write_text("{}")
     quality.runs(work)
     assert sorted(asked) == ["dmc-4x", "gqa-2x"]
+    assert [method.name for method in work.wanted(quality.METHODS)] == ["gqa-2x", "dmc-4x"]  # as they were named
     quality.ablations(work)
     assert asked[2:] == ["dmc-4x-soft-finetune"]
     assert [n for _, n, _ in quality.stages(work, quality.METHODS[0])] == [4, 30, 20]
