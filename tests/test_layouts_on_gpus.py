@@ -1,4 +1,4 @@
-"""Twenty retrofit steps and one step's gradients in each layout of two GPUs, over NCCL: Transformer Engine, bfloat16.
+"""Ten retrofit steps and one step's gradients in each layout of two GPUs, over NCCL: Transformer Engine, bfloat16.
 
 The float32 tests on CPUs (`test_layouts.py`, `test_context_layouts.py`) have tight bounds. Here ranks round partial
 sums to 8 bits and decisions near their threshold fall the other way, so bounds are what bfloat16 leaves; a missing or
@@ -16,8 +16,9 @@ two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 SHAPE = """--transformer-impl transformer_engine --bf16 --hidden-size 256 --num-attention-heads 4 --seq-length 512
     --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 4 --init-method-std 0.05""".split()
 RETROFIT = """--dmc-stage retrofit --dmc-cr 4 --dmc-init-val 0.3 --dmc-temp 0.3
-    --finetune --lr 2e-4 --train-iters 20""".split()
-# At a rate of 1e-3, what bfloat16 rounds has grown to 8% of the loss.
+    --finetune --lr 2e-4 --train-iters 20 --exit-interval 10""".split()
+# At a rate of 1e-3, what bfloat16 rounds has grown to 8% of the loss. After ten steps the mock data is learned by
+# heart, and differences grow with any rounding: cuDNN's backward pass adds in no fixed order.
 PUBLISHED = ["--dmc-hard-steps", "0", "--dmc-no-moving-offset"]
 HELD = "held"
 """The ratio is held by the offset, with every other step on hard decisions, as by default; the others are as published:
@@ -119,19 +120,19 @@ def test_layouts_on_gpus(runs, megatron, name):
     run, expected = found[name], found[other]
     for one in (run, expected):
         assert one.code == 0, one.output[-6000:]
-        assert len(one.steps) == 20
+        assert len(one.steps) == 10
     bounds = {"lm loss": 0.006, "compression ratio": 0.005, "grad norm": 0.03}
-    # Beyond that, where the mock data is learned by heart, a hard decision that rounding turns is 5% of the loss.
-    steps = 10 if HELD in name else 20
+    if HELD in name:  # a hard decision that rounding turns is one token more or less
+        bounds = {"lm loss": 0.01, "compression ratio": 0.01, "grad norm": 0.1}
     if "zero-out" in name:  # nothing merges
         bounds.pop("compression ratio")
     else:
-        assert max(expected.values("compression ratio")[:steps]) > 1.3
+        assert max(expected.values("compression ratio")) > 1.3
     assert min(expected.values("grad norm")) > 0.01
     wide = 10 if "fp8" in name else 1  # 3 bits of a mantissa, and a scale for each rank's part
     largest = {}
     for value in bounds:
-        pairs = zip(run.values(value)[:steps], expected.values(value)[:steps], strict=True)
+        pairs = zip(run.values(value), expected.values(value), strict=True)
         errors = [abs(a / b - 1) for a, b in pairs]
         largest[value] = max(errors)
         print(name, value, "differs by at most", max(errors), "by step:", [f"{error:.0e}" for error in errors])
