@@ -33,12 +33,15 @@ def main() -> None:
         draw_quality(json.loads(Path(args.quality).read_text()), args.folder / "quality.png")
 
 
+LABELS = {"dmc": "DMC", "distilled": "DMC with a teacher", "gqa": "GQA, up-trained"}
+
+
 def draw_quality(found: dict, path: Path) -> None:
     """What compression costs by `benchmarks/quality.py`: loss and recall by ratio, and loss by position at 4x."""
     from matplotlib import pyplot as plt
 
     results = found["results"]
-    lowest = 0.0
+    lowest, lines = 0.0, {}
     kinds: dict[str, list[str]] = {}  # methods, and the names of their results
     for name in sorted(results, key=lambda name: results[name].get("ratio", 0)):  # none where the base is not measured
         kind, _, ratio = name.rpartition("-")
@@ -47,12 +50,14 @@ def draw_quality(found: dict, path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     for kind, names in kinds.items():
         ours = kind in ("dmc", "distilled")
-        style = dict(marker="o", lw=2.2 if ours else 1.2, ls="-" if ours or kind == "gqa" else "--", label=kind)
+        style = dict(
+            marker="o", lw=2.2 if ours else 1.2, ls="-" if ours or kind == "gqa" else "--", label=LABELS.get(kind, kind)
+        )
         ratios = [results[name]["ratio"] for name in names]
         costs = [100 * over(found, name, "continuation_loss") for name in names]
         errors = [100 * error_of(found, name, "continuation_loss") for name in names]
         lowest = min(lowest, *costs)
-        line, *_ = left.errorbar(ratios, costs, yerr=errors, **style)
+        line, *_ = lines[kind] = left.errorbar(ratios, costs, yerr=errors, **style)
         right.plot(ratios, [100 * results[name]["recall"] for name in names], **style)
         for name in (f"{name}-seed2" for name in names if f"{name}-seed2" in results):
             point = dict(marker="x", color=line.get_color(), ls="none")
@@ -74,11 +79,17 @@ def draw_quality(found: dict, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks([2, 4, 8], ["2×", "4×", "8×"])
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds) or 1, fontsize=8)
-    for name in ("control", "dmc-4x", "distilled-4x", "gqa-4x"):
-        if name in results:
-            losses = results[name]["loss_by_position"]
-            middle.plot([int(position) for position in losses], list(losses.values()), label=name)
-    middle.set(xlabel="position in the window", ylabel="loss, nats per token", title="held-out text")
+    control = results.get("control", {}).get("loss_by_position", {})
+    for kind in LABELS:
+        if (losses := results.get(f"{kind}-4x", {}).get("loss_by_position")) and control:
+            costs = [100 * (loss / control[position] - 1) for position, loss in losses.items()]
+            middle.plot(
+                [int(position) for position in losses], costs, color=lines[kind][0].get_color(), label=LABELS[kind]
+            )
+    middle.axhline(0, color="black", lw=0.8)
+    middle.set(
+        xlabel="position in the window", ylabel="loss over the control's, %", title="windows of held-out text, 4×"
+    )
     middle.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

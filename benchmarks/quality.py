@@ -187,7 +187,7 @@ class Work:
         self.folder, self.options, self.size = options.work, options, SIZES[options.size]
         if options.iterations is not None:
             self.size = replace(self.size, run=options.iterations)
-        self.end = time.monotonic() + 60 * options.minutes
+        self.end, self.begun = time.monotonic() + 60 * options.minutes, time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.failures: list[str] = []
         self.publishing = Lock()
@@ -247,6 +247,17 @@ class Work:
         """Those of the methods that `--only` names, in its order, or all."""
         only = {name: place for place, name in enumerate(self.options.only or [method.name for method in methods])}
         return sorted((method for method in methods if method.name in only), key=lambda method: only[method.name])
+
+    def calls(self) -> list[dict]:
+        """What this folder was made by: of each call its parts, what it was asked for, and the minutes it has taken."""
+        path = self.folder / "calls.json"
+        kept = json.loads(path.read_text()) if path.exists() else []
+        if not (kept and kept[-1]["begun"] == self.begun):
+            kept.append(dict(begun=self.begun))
+        kept[-1] |= {name: getattr(self.options, name) for name in ("parts", "only", "gpus", "at_once", "reserve")}
+        kept[-1]["minutes"] = round(self.options.minutes - self.left(), 1)
+        path.write_text(json.dumps(kept) + "\n")
+        return kept
 
     def left(self) -> float:
         """Minutes."""
@@ -526,6 +537,7 @@ def collect(work: Work) -> dict:
         }
     if work.failures:
         found["failures"] = work.failures
+    found["calls"] = work.calls()
     return found
 
 
@@ -574,13 +586,15 @@ def error_of(found: dict, name: str, loss: str) -> float | None:
 
 
 def cost_at(found: dict, kind: str, ratio: float) -> float | None:
-    """`over` of continuations at a ratio between two of a kind's points, linear in its logarithm."""
-    points = [(1.0, 0.0)]
+    """`over` of continuations at a ratio between two measured points of a kind, linear in the ratio's logarithm."""
+    points = []
     for name in (f"{kind}-{asked}x" for asked in RATIOS):
         if name in found["results"] and (cost := over(found, name, "continuation_loss")) is not None:
             points.append((found["results"][name]["ratio"], cost))
+    if not points:
+        return None
     ratios, costs = zip(*sorted(points), strict=True)
-    if ratio > ratios[-1] * (1 + 1e-9):
+    if not ratios[0] * (1 - 1e-9) <= ratio <= ratios[-1] * (1 + 1e-9):
         return None
     return float(np.interp(np.log(ratio), np.log(ratios), costs))
 
@@ -628,7 +642,7 @@ def main() -> int:
         nargs="+",
         metavar="METHOD",
         choices=NAMES,
-        help=f"of runs and ablations, begun in this order, and no peers unless named: {', '.join(NAMES)}",
+        help=f"of runs and ablations, begun in the order given; peers then only as a part named. {', '.join(NAMES)}",
     )
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=7e-4, help="of the runs from the base")

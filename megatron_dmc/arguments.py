@@ -15,6 +15,23 @@ import torch
 
 from megatron_dmc.config import DMCError
 
+_NOT_IN_SHAPES = (
+    "normalization layernorm_epsilon swiglu position_embedding_type rotary_base rotary_percent rotary_interleaved "
+    "rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor add_qkv_bias qk_layernorm "
+    "untie_embeddings_and_output_weights"
+).split()
+"""Arguments of the model that weights of another one load under: no shape tells, or Megatron leaves tensors out."""
+
+
+def other_model(saved: argparse.Namespace, args: argparse.Namespace) -> list[str]:
+    """Where a checkpoint's arguments name another model than a run's, though its weights load: "name value, here value"
+    for each. Arguments that the checkpoint does not hold are not compared."""
+    return [
+        f"{name} {getattr(saved, name)!r}, here {getattr(args, name, None)!r}"
+        for name in _NOT_IN_SHAPES
+        if hasattr(saved, name) and getattr(saved, name) != getattr(args, name, None)
+    ]
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):

@@ -16,16 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dmc.arguments import other_model
 from megatron_dmc.config import DMCConfig, DMCError
 
 SCORES = 2**25
 """How many logits are in memory at once in float32 (and about four times as much that follows from them)."""
-
-SAME = (
-    "normalization layernorm_epsilon swiglu position_embedding_type rotary_base rotary_percent rotary_interleaved "
-    "rotary_seq_len_interpolation_factor use_rope_scaling rope_scaling_factor"
-).split()
-"""Arguments that a teacher must share with the model, since it is built from this run's, and that no shape tells of."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -155,12 +150,7 @@ class Teacher:
             raise DMCError(
                 f"--dmc-teacher {path} has been trained with DMC (stage {stage}): give the original model's checkpoint"
             )
-        differ = [
-            f"{name} {getattr(saved, name)!r}, here {getattr(args, name)!r}"
-            for name in SAME
-            if hasattr(saved, name) and getattr(saved, name) != getattr(args, name, None)
-        ]
-        if differ:
+        if differ := other_model(saved, args):
             raise DMCError(f"--dmc-teacher {path} is another model than this run's: {'; '.join(differ)}")
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ class HarnessModel(TemplateLM):
         max_gen_toks: tokens of an answer, where a task does not say.
         batch_size: answers that are generated at once.
         cache_gib: memory for their cache; 90% of what is free unless given.
-        compress: `False` appends every token.
+        compress: `False` appends every token, of a model without DMC as well; then answers are not generated.
         device, max_batch_size: the harness passes them on; they have no meaning here.
 
     Raises:
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if not isinstance(checkpoint, LoadedModel):
             emulate_cuda()
-            checkpoint = load(checkpoint, tokenizer_model=tokenizer_model)
+            checkpoint = load(checkpoint, tokenizer_model=tokenizer_model, need_dmc=compress)
         self.loaded = checkpoint
         self.tokenizer = getattr(checkpoint.tokenizer, "_tokenizer", None)
         self.max_length = max_length or checkpoint.args.max_position_embeddings
@@ -172,7 +172,10 @@ class HarnessModel(TemplateLM):
         from megatron_dmc.llm import LLM
 
         if not self._compress:
-            raise DMCError("answers are generated from the compressed cache: compress=False is for log-probabilities")
+            raise DMCError(
+                "answers are generated from the compressed cache, compress=False is for log-probabilities: for answers "
+                "of the original model, `megatron-dmc convert` it and run `lm_eval --model hf`"
+            )
         if self._llm is None:
             self._llm = LLM(
                 self.loaded, max_sequence_length=self.max_length, max_requests=self._batch_size,

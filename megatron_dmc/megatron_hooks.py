@@ -11,7 +11,8 @@ The loop has no callback for a step's begin and end, so `install` wraps function
 - `save_checkpoint`, `check_checkpoint_args`: the share of merged tokens and the multiplier, on which the next step's
   loss depends, travel with the arguments that Megatron saves. What `--save-retain-interval` deletes has two whole
   ones after it.
-- `_load_base_checkpoint`: so does the offset, for a stage that begins from a checkpoint as well.
+- `_load_base_checkpoint`: so does the offset, for a stage that begins from a checkpoint as well; a checkpoint of
+  another model, whose weights load all the same, is warned of.
 - `read_metadata`: a run goes on from the latest checkpoint that is whole (`megatron_dmc.resume`).
 
 A loop of one's own calls `Compression.begin_step`, `reduce_counts` and `end_step` instead, and keeps what these change.
@@ -369,12 +370,20 @@ def _on_rank_0(do: Callable[[], Any]) -> Any:
 
 
 def _load_base_checkpoint(original, *positional, **named):
-    """A stage that merges takes up the offset of a checkpoint that does: it may have moved in the stage finetune."""
+    """A stage that merges takes up the offset of a checkpoint that does: it may have moved in the stage finetune. And
+    Megatron compares a model's sizes with a checkpoint's, not what else makes it another one: that is warned of."""
     from megatron.training.global_vars import get_args
     from megatron.training.utils import print_rank_0
 
+    from megatron_dmc.arguments import other_model
+
     found = original(*positional, **named)
     args, saved = get_args(), (found[0] or {}).get("args")
+    if saved is not None and (differ := other_model(saved, args)):
+        print_rank_0(
+            f"WARNING: the checkpoint is of another model than this run's: {'; '.join(differ)}. Unless that is meant, "
+            "give the model's flags; `megatron-dmc convert` leaves them in model.yaml"
+        )
     if saved is None or not (ours := DMCConfig.from_args(args)).merges:
         return found
     if DMCConfig.from_args(saved).merges:

@@ -27,7 +27,8 @@ def draw(report: dict, path: Path) -> None:
         _closings(figure, axes[2], closings)
     cost = 100 * (report["loss_compressed"] / report["loss_uncompressed"] - 1)
     figure.suptitle(
-        f"Dynamic Memory Compression: loss {report['loss_compressed']:.4f} ({cost:+.1f}% over the model uncompressed)"
+        f"Dynamic Memory Compression: loss {report['loss_compressed']:.4f} "
+        f"({cost:+.1f}% over the same weights with nothing merged)"
     )
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -30,6 +30,8 @@ MODELS = {
     "llama-3.2, tied": ("llama", LLAMA3 | dict(tie_word_embeddings=True, num_key_value_heads=1)),
     "mistral": ("mistral", dict(sliding_window=None, head_dim=24)),
     "qwen2.5": ("qwen2", dict(rope_theta=1000000.0)),
+    "qwen2.5, tied": ("qwen2", dict(rope_theta=1000000.0, tie_word_embeddings=True)),
+    "qwen3": ("qwen3", dict(head_dim=24, rms_norm_eps=1e-4)),
     "qwen3, tied": ("qwen3", dict(head_dim=24, tie_word_embeddings=True, rms_norm_eps=1e-4)),
 }
 

@@ -228,6 +228,39 @@ def test_command(checkpoints, corpus, tasks, tmp_path):  # noqa: F811
         assert way["loss"] == pytest.approx(losses[f"loss_{name}"], rel=1e-4)
 
 
+def test_a_model_without_dmc(checkpoints, corpus, tasks, tmp_path):  # noqa: F811
+    """It is scored; answers to compare with are another program's, which is said before anything is scored."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_dmc.config import DMCError
+    from megatron_dmc.harness import HarnessModel
+
+    run = dmc(
+        "evaluate", checkpoints / "base", "--text", corpus.parent / "text", "--max-tokens", 500,
+        "--include-path", tasks, "--tasks", "tiny_text", "tiny_answer", HF_HUB_OFFLINE="1",
+        HF_DATASETS_CACHE=str(tmp_path / "datasets"),
+    )  # fmt: skip
+    assert run.code != 0 and "tiny_answer generate answers, which come from a compressed cache" in run.output
+    assert "uncompressed: loss" not in run.output
+    run = dmc(
+        "evaluate", checkpoints / "base", "--text", corpus.parent / "text", "--max-tokens", 500,
+        "--include-path", tasks, "--tasks", "tiny_text", "--output", tmp_path / "results.json", HF_HUB_OFFLINE="1",
+        HF_DATASETS_CACHE=str(tmp_path / "datasets"),
+    )  # fmt: skip
+    assert run.code == 0, run.output[-5000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["perplexity"]) == ["tokens", "seq_length", "uncompressed"]
+    assert results["tasks"]["tiny_text"]["byte_perplexity,none"] > 2
+
+    with pytest.raises(DMCError, match="has not been trained with DMC"):
+        HarnessModel(str(checkpoints / "base"))
+    model = HarnessModel(str(checkpoints / "base"), compress=False)
+    (rolling,) = model.loglikelihood_rolling([Instance("", {}, ("def f(x):",), 0)], disable_tqdm=True)
+    assert -math.inf < rolling < 0
+    with pytest.raises(DMCError, match="lm_eval --model hf"):
+        model.generate_until([Instance("", {}, ("def", {"max_gen_toks": 4}), 0)], disable_tqdm=True)
+
+
 def test_the_harness_own_command(checkpoints, tasks, tmp_path):  # noqa: F811
     run = python(
         "-m", "megatron_dmc.harness", "--model", "megatron_dmc", "--model_args", f"checkpoint={checkpoints / 'dmc'}",

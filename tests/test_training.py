@@ -366,6 +366,15 @@ def test_a_stage_begins_with_finetune(base):
     assert run.code != 0 and "add --finetune to begin the stage from its weights" in run.output
 
 
+def test_flags_of_another_model_are_warned_of(base):
+    """Its weights load, and Megatron says nothing."""
+    flags = ["--train-iters", 1, "--dmc-stage", "zero-out", "--load", base, "--finetune"]
+    warning = "WARNING: the checkpoint is of another model than this run's: "
+    assert warning not in train(*flags).output
+    other = train(*flags, "--rotary-base", 500000, "--norm-epsilon", 1e-6)
+    assert f"{warning}layernorm_epsilon 1e-05, here 1e-06; rotary_base 10000, here 500000. Unless" in other.output
+
+
 @pytest.mark.gpu
 def test_transformer_engine_stages(tmp_path):
     """The three stages with the Transformer Engine spec in bf16."""

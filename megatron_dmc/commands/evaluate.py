@@ -20,7 +20,8 @@ examples:
 
 CHECKPOINT is the folder that --save named in training (its latest iteration), or one iter_… folder in it, with DMC or
 without. All decisions are hard ones. Of a DMC model each result is shown with compression and, but for tasks, with
-every token appended. Tasks need the package lm_eval (pip install "megatron-dmc[evaluate]")."""
+every token appended. Tasks that generate answers do so from the compressed cache: for a model without DMC, convert it
+and let `lm_eval --model hf` run them. Tasks need the package lm_eval (pip install "megatron-dmc[evaluate]")."""
 
 
 def main() -> None:
@@ -62,6 +63,7 @@ def main() -> None:
     for flag, lengths in (("--seq-length", [args.seq_length]), ("--lengths", args.lengths)):
         for length in filter(None, lengths or ()):
             check_positions(loaded, flag, length)
+    manager = _tasks_of(loaded, args) if args.tasks else None
     results: dict[str, Any] = {"checkpoint": args.checkpoint, "target_ratio": loaded.dmc.dmc_cr}
     if not loaded.dmc.merges:
         del results["target_ratio"]
@@ -70,7 +72,7 @@ def main() -> None:
     if args.needle or args.keys:
         results["recall"] = _recall(loaded, args)
     if args.tasks:
-        results["tasks"] = _tasks(loaded, args)
+        results["tasks"] = _tasks(loaded, args, manager)
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=2) + "\n")
@@ -152,22 +154,44 @@ def _recall(loaded, args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _tasks(loaded, args: argparse.Namespace) -> dict[str, Any]:
+def _tasks_of(loaded, args: argparse.Namespace) -> Any:
+    """The harness's tasks; refuses what they cannot do before anything is scored."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    manager = TaskManager(include_path=args.include_path)
+    if unknown := [name for name in args.tasks if not manager.match_tasks([name])]:
+        raise DMCError(f"the harness has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
+    if not loaded.dmc.merges and (generating := _generating(get_task_dict(args.tasks, manager))):
+        raise DMCError(
+            f"{', '.join(generating)} generate answers, which come from a compressed cache here, and this checkpoint "
+            "was not trained with DMC: `megatron-dmc convert` it and run `lm_eval --model hf`, or leave them out"
+        )
+    return manager
+
+
+def _tasks(loaded, args: argparse.Namespace, manager: Any) -> dict[str, Any]:
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
     from megatron_dmc.harness import HarnessModel
 
     model = HarnessModel(loaded, batch_size=args.batch_size, cache_gib=args.cache_gib, compress=loaded.dmc.merges)
-    manager = TaskManager(include_path=args.include_path)
-    if unknown := [name for name in args.tasks if not manager.match_tasks([name])]:
-        raise DMCError(f"the harness has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
     found = simple_evaluate(
         model=model, tasks=args.tasks, num_fewshot=args.num_fewshot, limit=args.limit, task_manager=manager
     )
     print(make_table(found))
     return found["results"]
+
+
+def _generating(tasks: dict[Any, Any]) -> list[str]:
+    """Names of the tasks, in groups or not, whose answers are generated."""
+    found = []
+    for name, task in tasks.items():
+        if isinstance(task, dict):
+            found += _generating(task)
+        elif getattr(task, "OUTPUT_TYPE", None) == "generate_until":
+            found.append(str(name))
+    return sorted(set(found))
 
 
 if __name__ == "__main__":
