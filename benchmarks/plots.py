@@ -41,7 +41,7 @@ def draw_quality(found: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     results = found["results"]
-    lowest, lines = 0.0, {}
+    lowest, colors = 0.0, {}
     kinds: dict[str, list[str]] = {}  # methods, and the names of their results
     for name in sorted(results, key=lambda name: results[name].get("ratio", 0)):  # none where the base is not measured
         kind, _, ratio = name.rpartition("-")
@@ -57,10 +57,11 @@ def draw_quality(found: dict, path: Path) -> None:
         costs = [100 * over(found, name, "continuation_loss") for name in names]
         errors = [100 * error_of(found, name, "continuation_loss") for name in names]
         lowest = min(lowest, *costs)
-        line, *_ = lines[kind] = left.errorbar(ratios, costs, yerr=errors, **style)
+        line, *_ = left.errorbar(ratios, costs, yerr=errors, **style)
+        colors[kind] = line.get_color()
         right.plot(ratios, [100 * results[name]["recall"] for name in names], **style)
         for name in (f"{name}-seed2" for name in names if f"{name}-seed2" in results):
-            point = dict(marker="x", color=line.get_color(), ls="none")
+            point = dict(marker="x", color=colors[kind], ls="none")
             if (cost := over(found, name, "continuation_loss")) is not None:
                 left.plot(results[name]["ratio"], 100 * cost, **point)
             right.plot(results[name]["ratio"], 100 * results[name]["recall"], **point)
@@ -80,12 +81,10 @@ def draw_quality(found: dict, path: Path) -> None:
         axes.set_xticks([2, 4, 8], ["2×", "4×", "8×"])
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(kinds) or 1, fontsize=8)
     control = results.get("control", {}).get("loss_by_position", {})
-    for kind in LABELS:
+    for kind, color in colors.items():
         if (losses := results.get(f"{kind}-4x", {}).get("loss_by_position")) and control:
             costs = [100 * (loss / control[position] - 1) for position, loss in losses.items()]
-            middle.plot(
-                [int(position) for position in losses], costs, color=lines[kind][0].get_color(), label=LABELS[kind]
-            )
+            middle.plot([int(position) for position in losses], costs, color=color, label=LABELS[kind])
     middle.axhline(0, color="black", lw=0.8)
     middle.set(
         xlabel="position in the window", ylabel="loss over the control's, %", title="windows of held-out text, 4×"

@@ -163,7 +163,7 @@ METHODS = (
     Method("control", 1, seed=2), Method("dmc", 4, seed=2), Method("gqa", 4), Method("gqa", 2), Method("distilled", 8),
     Method("gqa", 8), Method("distilled", 2), Method("distilled", 4, divisor=4),
 )  # fmt: skip
-"""In the order in which they begin."""
+"""In the order in which they begin, unless --only has another."""
 REPORTED = tuple(method for method in METHODS if method.name in ("dmc-4x", "distilled-4x"))
 CONTROLLED = ("twice-the-lr", "half-the-lr", "twice-the-tokens", "a-quarter-of-the-tokens")
 """Changes that a control can have, too."""
@@ -187,7 +187,7 @@ class Work:
         self.folder, self.options, self.size = options.work, options, SIZES[options.size]
         if options.iterations is not None:
             self.size = replace(self.size, run=options.iterations)
-        self.end, self.begun = time.monotonic() + 60 * options.minutes, time.time()
+        self.end, self.begun = time.monotonic() + 60 * options.minutes, str(time.time())
         self.folder.mkdir(parents=True, exist_ok=True)
         self.failures: list[str] = []
         self.publishing = Lock()
@@ -245,19 +245,17 @@ class Work:
 
     def wanted(self, methods: tuple[Method, ...]) -> list[Method]:
         """Those of the methods that `--only` names, in its order, or all."""
-        only = {name: place for place, name in enumerate(self.options.only or [method.name for method in methods])}
-        return sorted((method for method in methods if method.name in only), key=lambda method: only[method.name])
+        by_name = {method.name: method for method in methods}
+        return [by_name[name] for name in dict.fromkeys(self.options.only or by_name) if name in by_name]
 
     def calls(self) -> list[dict]:
         """What this folder was made by: of each call its parts, what it was asked for, and the minutes it has taken."""
         path = self.folder / "calls.json"
-        kept = json.loads(path.read_text()) if path.exists() else []
-        if not (kept and kept[-1]["begun"] == self.begun):
-            kept.append(dict(begun=self.begun))
-        kept[-1] |= {name: getattr(self.options, name) for name in ("parts", "only", "gpus", "at_once", "reserve")}
-        kept[-1]["minutes"] = round(self.options.minutes - self.left(), 1)
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        asked = {name: getattr(self.options, name) for name in ("parts", "only", "gpus", "at_once", "reserve")}
+        kept[self.begun] = asked | dict(minutes=round(self.options.minutes - self.left(), 1))
         path.write_text(json.dumps(kept) + "\n")
-        return kept
+        return list(kept.values())
 
     def left(self) -> float:
         """Minutes."""
@@ -689,6 +687,7 @@ def main() -> int:
             stopped = True
             if part in ("text", "base"):  # nothing else can be without
                 break
+    work.calls()  # text and base have no results that would tell of them
     print(f"[{work.left():5.1f} min left]{' stopped; the same line goes on' * stopped}", flush=True)
     if (found := publish(work)) is not None:
         print(table(found), found.get("cost_at"), sep="\n")

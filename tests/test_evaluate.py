@@ -240,7 +240,7 @@ def test_a_model_without_dmc(checkpoints, corpus, tasks, tmp_path):  # noqa: F81
         "--include-path", tasks, "--tasks", "tiny_text", "tiny_answer", HF_HUB_OFFLINE="1",
         HF_DATASETS_CACHE=str(tmp_path / "datasets"),
     )  # fmt: skip
-    assert run.code != 0 and "tiny_answer generate answers, which come from a compressed cache" in run.output
+    assert run.code != 0 and "answers are generated from the compressed cache (tiny_answer), and" in run.output
     assert "uncompressed: loss" not in run.output
     run = dmc(
         "evaluate", checkpoints / "base", "--text", corpus.parent / "text", "--max-tokens", 500,

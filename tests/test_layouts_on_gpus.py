@@ -122,8 +122,6 @@ def test_layouts_on_gpus(runs, megatron, name):
         assert one.code == 0, one.output[-6000:]
         assert len(one.steps) == 10
     bounds = {"lm loss": 0.006, "compression ratio": 0.005, "grad norm": 0.03}
-    if HELD in name:  # a hard decision that rounding turns is one token more or less
-        bounds = {"lm loss": 0.01, "compression ratio": 0.01, "grad norm": 0.1}
     if "zero-out" in name:  # nothing merges
         bounds.pop("compression ratio")
     else:

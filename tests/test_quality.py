@@ -278,6 +278,8 @@ def test_some_methods_alone_and_longer(tmp_path, monkeypatch):
     quality.runs(work)
     assert sorted(asked) == ["dmc-4x", "gqa-2x"]
     assert [method.name for method in work.wanted(quality.METHODS)] == ["gqa-2x", "dmc-4x"]  # as they were named
+    twice = SimpleNamespace(options=SimpleNamespace(only=["dmc-4x", "dmc-4x"]))
+    assert len(quality.Work.wanted(twice, quality.METHODS)) == 1
     quality.ablations(work)
     assert asked[2:] == ["dmc-4x-soft-finetune"]
     assert [n for _, n, _ in quality.stages(work, quality.METHODS[0])] == [4, 30, 20]
@@ -299,6 +301,9 @@ def test_some_methods_alone_leave_the_rest_to_be_done(tmp_path, monkeypatch):
     for flags in (["--only", "dmc-4x"], ["--only", "gqa-4x"], []):
         monkeypatch.setattr(sys, "argv", line + flags)
         assert quality.main() == 0
+    assert [call["only"] for call in json.loads((tmp_path / "calls.json").read_text()).values()] == [
+        ["dmc-4x"], ["gqa-4x"], None,
+    ]  # fmt: skip
     rest = ["runs", "reports", "ablations"]
     assert done == ["text", "base", *rest, *rest, "runs", "peers", "reports", "ablations"]
     monkeypatch.setattr(sys, "argv", [*line, "--iterations", "26"])

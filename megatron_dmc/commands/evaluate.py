@@ -163,8 +163,8 @@ def _tasks_of(loaded, args: argparse.Namespace) -> Any:
         raise DMCError(f"the harness has no task {', '.join(unknown)}: `lm_eval ls tasks` lists them")
     if not loaded.dmc.merges and (generating := _generating(get_task_dict(args.tasks, manager))):
         raise DMCError(
-            f"{', '.join(generating)} generate answers, which come from a compressed cache here, and this checkpoint "
-            "was not trained with DMC: `megatron-dmc convert` it and run `lm_eval --model hf`, or leave them out"
+            f"answers are generated from the compressed cache ({', '.join(generating)}), and this checkpoint was not "
+            "trained with DMC: `megatron-dmc convert` it and run `lm_eval --model hf`, or leave such tasks out"
         )
     return manager
 
