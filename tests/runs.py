@@ -24,6 +24,7 @@ MODEL = """
     --init-method-std 0.3 --log-interval 1 --eval-interval 1000 --eval-iters 0 --ckpt-format torch_dist
     --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     """.split()
+WITHOUT_DATA = [flag for flag in MODEL if flag != "--mock-data"]
 # Decisions that hang around their threshold, so that a step merges and appends: 5 and 0.1 would do neither here.
 UNDECIDED = ["--dmc-init-val", "0.1", "--dmc-temp", "0.5"]
 # Runs to compare with others, of a few steps of plain gradient descent.
@@ -107,11 +108,34 @@ def launcher(processes):
 TRAIN = ("-m", "megatron_dmc", "train")
 
 
-def train(*flags, processes=1, program=TRAIN) -> Run:
+def train(*flags, processes=1, program=TRAIN, model=MODEL) -> Run:
     """Train the small model with these flags more; fails the test unless the run succeeds."""
-    run = python(*launcher(processes), *program, *MODEL, *flags)
+    run = python(*launcher(processes), *program, *model, *flags)
     assert run.code == 0, run.output[-6000:]
     return run
+
+
+def write_documents(prefix, documents) -> list:
+    """Flags for data of these documents, lists of the tokens 0 to 61. 62 ends a document. Needs Megatron."""
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
+    for tokens in documents:
+        builder.add_document(torch.tensor([*tokens, 62], dtype=torch.int32), [len(tokens) + 1])
+    builder.finalize(f"{prefix}.idx")
+    return ["--data-path", prefix, "--split", "100,0,0", "--data-cache-path", f"{prefix}-cache"]
+
+
+def paragraphs() -> list[list[int]]:
+    """This project's text, a paragraph a document, a byte a token.
+
+    For runs in bfloat16, which must not learn their data by heart as they do Megatron's mock documents, which all count
+    from 1: there the logits of the many tokens that are alike pass the threshold together, and runs part that round
+    differently.
+    """
+    texts = [path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("megatron_dmc/*.py"))]]
+    return [[byte % 62 for byte in part.encode()] for text in texts for part in text.split("\n\n") if part]
 
 
 def saved_arguments(folder):

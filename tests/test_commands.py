@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from runs import MODEL, UNDECIDED, dmc, python, train
+from runs import UNDECIDED, WITHOUT_DATA, dmc, python, train
 
 from megatron_dmc.cli import COMMANDS
 
@@ -29,15 +29,13 @@ def corpus(tmp_path_factory):
 def checkpoints(corpus, tmp_path_factory):
     """`base` and `dmc`: a model that was just begun, and the same after a step of retrofitting."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    flags = [f for f in MODEL if f != "--mock-data"]
+    flags = list(WITHOUT_DATA)
     flags[flags.index("NullTokenizer")] = "HuggingFaceTokenizer"
     at = flags.index("--vocab-size")
     del flags[at : at + 2]
     flags[flags.index("--make-vocab-size-divisible-by") + 1] = "1"
     flags += ["--tokenizer-model", f"{corpus}-tokenizer", "--train-data-path", f"{corpus}-train"]
     data = ["--valid-data-path", f"{corpus}-valid", "--test-data-path", f"{corpus}-valid", "--save-interval", "1"]
-    at = flags.index("--mock-data") if "--mock-data" in flags else None
-    assert at is None
     run = python("-m", "megatron_dmc", "train", *flags, *data, "--train-iters", 1, "--save", folder / "base")
     assert run.code == 0, run.output[-5000:]
     run = python(
@@ -267,7 +265,7 @@ def test_commands_of_one_process_under_torchrun():
 def test_training_with_another_tokenizers_data(corpus, tmp_path):
     other = tmp_path / "other"
     assert dmc("prepare-data", "--input", "megatron_dmc/cli.py", "--output", other, "--train-tokenizer", 300).code == 0
-    flags = [f for f in MODEL if f != "--mock-data"]
+    flags = list(WITHOUT_DATA)
     flags[flags.index("NullTokenizer")] = "HuggingFaceTokenizer"
     flags += ["--tokenizer-model", f"{other}-tokenizer", "--data-path", f"{corpus}-train", "--split", "90,10,0"]
     run = dmc("train", *flags, "--train-iters", 1)

@@ -1,4 +1,4 @@
-"""Ten retrofit steps and one step's gradients in each layout of two GPUs, over NCCL: Transformer Engine, bfloat16.
+"""Twenty retrofit steps and one step's gradients in each layout of two GPUs, over NCCL: Transformer Engine, bfloat16.
 
 The float32 tests on CPUs (`test_layouts.py`, `test_context_layouts.py`) have tight bounds. Here ranks round partial
 sums to 8 bits and decisions near their threshold fall the other way, so bounds are what bfloat16 leaves; a missing or
@@ -9,20 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import GPUS
-from runs import MODEL, launcher, python
+from runs import WITHOUT_DATA, launcher, paragraphs, python, write_documents
 
 two_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
 SHAPE = """--transformer-impl transformer_engine --bf16 --hidden-size 256 --num-attention-heads 4 --seq-length 512
     --max-position-embeddings 512 --micro-batch-size 1 --global-batch-size 4 --init-method-std 0.05""".split()
 RETROFIT = """--dmc-stage retrofit --dmc-cr 4 --dmc-init-val 0.3 --dmc-temp 0.3
-    --finetune --lr 2e-4 --train-iters 20 --exit-interval 10""".split()
-# At a rate of 1e-3, what bfloat16 rounds has grown to 8% of the loss. After ten steps the mock data is learned by
-# heart, and differences grow with any rounding: cuDNN's backward pass adds in no fixed order.
+    --finetune --lr 2e-4 --train-iters 20""".split()
+# At a higher rate, or for longer, what is rounded grows: Adam's first steps follow the signs of gradients.
 PUBLISHED = ["--dmc-hard-steps", "0", "--dmc-no-moving-offset"]
 HELD = "held"
-"""The ratio is held by the offset, with every other step on hard decisions, as by default; the others are as published:
-rounding turns hard decisions."""
+"""As by default, the offset holds the ratio, and every other step is on hard decisions; the others are as published.
+Rounding turns hard decisions, so these make ten steps."""
 QUIET = ["--dmc-no-noise"]
 FP8 = ["--fp8-format", "hybrid"]
 TENSOR = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -84,22 +83,24 @@ ALIKE = {  # each with what it should equal, and whether gradients are compared
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
+def runs(request, megatron, tmp_path_factory):
     """All that the selected tests need, side by side: most of their time is start-up."""
     tests = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
     needed = [name for name in RUNS if name in tests or name in {ALIKE[test][0] for test in tests}]
     folder = tmp_path_factory.mktemp("layouts")
-    base = python("-m", "megatron_dmc", "train", *MODEL, *SHAPE, "--train-iters", 1, "--save", folder / "base",
+    model = [*WITHOUT_DATA, *SHAPE, *write_documents(folder / "text", paragraphs())]
+    base = python("-m", "megatron_dmc", "train", *model, "--train-iters", 1, "--save", folder / "base",
                   "--save-interval", 1)  # fmt: skip
     assert base.code == 0, base.output[-6000:]
 
     def run(name):
         processes, flags = RUNS[name]
         flags = [folder / "base" if flag is BASE else flag for flag in flags]
-        flags += [] if HELD in name else PUBLISHED
+        flags += ["--exit-interval", "10"] if HELD in name else PUBLISHED
         return python(
-            *launcher(processes), "tests/train_and_keep_gradients.py", folder / name, *MODEL, *SHAPE, *RETROFIT,
-            "--load", folder / "base", *flags, CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0",
+            *launcher(processes), "tests/train_and_keep_gradients.py", folder / name, *model, *RETROFIT,
+            "--data-cache-path", folder / f"{name} cache", "--load", folder / "base", *flags,
+            CUDA_DEVICE_MAX_CONNECTIONS="1", NCCL_NVLS_ENABLE="0",
         )  # fmt: skip
 
     with ThreadPoolExecutor(len(needed)) as pool:
@@ -115,13 +116,13 @@ def gradients(folder):
 
 @two_gpus
 @pytest.mark.parametrize("name", ALIKE)
-def test_layouts_on_gpus(runs, megatron, name):
+def test_layouts_on_gpus(runs, name):
     (folder, found), (other, with_gradients) = runs, ALIKE[name]
     run, expected = found[name], found[other]
     for one in (run, expected):
         assert one.code == 0, one.output[-6000:]
-        assert len(one.steps) == 10
-    bounds = {"lm loss": 0.006, "compression ratio": 0.005, "grad norm": 0.03}
+        assert len(one.steps) == (10 if HELD in name else 20)
+    bounds = {"lm loss": 0.001, "compression ratio": 0.005, "grad norm": 0.01}
     if "zero-out" in name:  # nothing merges
         bounds.pop("compression ratio")
     else:

@@ -2,10 +2,22 @@
 
 import re
 
-import numpy
 import pytest
 import torch
-from runs import DESCENT, MODEL, STAGE, STEPS, TRAIN, assert_same_training, launcher, python, train, weights
+from runs import (
+    DESCENT,
+    MODEL,
+    STAGE,
+    STEPS,
+    TRAIN,
+    WITHOUT_DATA,
+    assert_same_training,
+    launcher,
+    python,
+    train,
+    weights,
+    write_documents,
+)
 
 from megatron_dmc.config import DMCError
 
@@ -19,20 +31,10 @@ MASKS = ["--reset-attention-mask"]
 @pytest.fixture(scope="module")
 def short_documents(tmp_path_factory):
     """Flags for data of documents of 1 to 15 tokens, the last of each the one that ends documents."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    prefix = tmp_path_factory.mktemp("data") / "short"
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.int32)
     generator = torch.Generator().manual_seed(7)
-    for _ in range(200):
-        length = int(torch.randint(0, 15, (1,), generator=generator))
-        tokens = torch.randint(0, 62, (length,), generator=generator).tolist() + [END]
-        builder.add_document(torch.tensor(tokens, dtype=torch.int32), [len(tokens)])
-    builder.finalize(f"{prefix}.idx")
-    return ["--data-path", prefix, "--split", "100,0,0", "--data-cache-path", prefix.parent / "cache"]
-
-
-END = 62
+    lengths = torch.randint(0, 15, (200,), generator=generator).tolist()
+    documents = [torch.randint(0, 62, (length,), generator=generator).tolist() for length in lengths]
+    return write_documents(tmp_path_factory.mktemp("data") / "short", documents)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,9 @@ def trained(base, short_documents, tmp_path_factory):
     def run(*flags, processes=1):
         folder = tmp_path_factory.mktemp("packed")
         saved = ["--load", base, "--save", folder, "--save-interval", STEPS]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("runs.MODEL", [flag for flag in MODEL if flag != "--mock-data"])
-            program = ["tests/train_with_sequence_parallel.py"] if "--sequence-parallel" in flags else TRAIN
-            run = train(*DESCENT, *RETROFIT, *short_documents, *saved, *flags, processes=processes, program=program)
-            return run, weights(folder)
+        program = ["tests/train_with_sequence_parallel.py"] if "--sequence-parallel" in flags else TRAIN
+        flags = [*DESCENT, *RETROFIT, *short_documents, *saved, *flags]
+        return train(*flags, processes=processes, program=program, model=WITHOUT_DATA), weights(folder)
 
     return run
 
