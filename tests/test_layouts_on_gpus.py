@@ -128,7 +128,7 @@ def test_layouts_on_gpus(runs, name):
     else:
         assert max(expected.values("compression ratio")) > 1.3
     assert min(expected.values("grad norm")) > 0.01
-    wide = 10 if "fp8" in name else 1  # 3 bits of a mantissa, and a scale for each rank's part
+    wide = 5 if "fp8" in name else 1  # 3 bits of a mantissa, and a scale for each rank's part
     largest = {}
     for value in bounds:
         pairs = zip(run.values(value), expected.values(value), strict=True)
@@ -144,4 +144,4 @@ def test_layouts_on_gpus(runs, name):
     errors = {n: ((ours[n] - g).norm() / g.norm()).item() for n, g in theirs.items()}
     print(name, "gradients differ by", {n: round(e, 5) for n, e in errors.items()})
     assert all(g.norm() > 0 for g in theirs.values())
-    assert all(error < 0.02 for error in errors.values()), errors
+    assert all(error < 0.01 for error in errors.values()), errors
