@@ -63,6 +63,8 @@ RATIOS = (2, 4, 8)
 PRESSES = ("ObservedAttention", "TOVA", "SnapKV", "StreamingLLM", "Knorm", "ExpectedAttention", "KeyDiff")
 STAGES = {"zero-out": 2, "retrofit": 15, "finetune": 10}
 """Shares of a run's iterations."""
+WARMUP = 50
+"""Iterations in which a learning rate rises."""
 MEASURE = ROOT / "benchmarks" / "quality_measure.py"
 
 
@@ -187,6 +189,8 @@ class Work:
         self.folder, self.options, self.size = options.work, options, SIZES[options.size]
         if options.iterations is not None:
             self.size = replace(self.size, run=options.iterations)
+        if options.base_iterations is not None:
+            self.size = replace(self.size, base=options.base_iterations)
         self.end, self.begun = time.monotonic() + 60 * options.minutes, str(time.time())
         self.folder.mkdir(parents=True, exist_ok=True)
         self.failures: list[str] = []
@@ -209,7 +213,7 @@ class Work:
 
         names = ("size", "base_lr", "lr", "teacher_weight")
         path, given = self.folder / "settings.json", {name: getattr(self.options, name) for name in names}
-        given["iterations"] = self.size.run
+        given |= dict(iterations=self.size.run, base_iterations=self.size.base)
         given["commit"] = circumstances(self.options.commit)["commit"]
         if not path.exists():
             path.write_text(json.dumps(given) + "\n")
@@ -320,7 +324,7 @@ def text(work: Work) -> None:
 
 def base(work: Work) -> None:
     rate = ["--lr", work.options.base_lr, "--min-lr", work.options.base_lr / 10, "--lr-decay-style", "cosine"]
-    work.train("base", work.size.base, [*rate, "--lr-warmup-iters", 50], None, 1, None)
+    work.train("base", work.size.base, [*rate, "--lr-warmup-iters", WARMUP], None, 1, None)
 
 
 def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
@@ -330,7 +334,7 @@ def stages(work: Work, method: Method) -> Iterator[tuple[str, int, list]]:
     for name, share in change.stages.items():
         iterations = max(2, int(work.size.run * change.tokens) * share // shares // method.divisor)
         last = name == "finetune"
-        flags = ["--lr", lr, "--min-lr", lr / 20 if last else lr, "--lr-warmup-iters", min(50, iterations // 2)]
+        flags = ["--lr", lr, "--min-lr", lr / 20 if last else lr, "--lr-warmup-iters", min(WARMUP, iterations // 2)]
         flags += ["--lr-decay-style", "cosine"]
         if method.kind in ("dmc", "distilled"):
             flags += ["--dmc-stage", name, "--dmc-cr", method.ratio, *change.flags]
@@ -635,6 +639,7 @@ def main() -> int:
     )
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--iterations", type=int, help="of each run, its three stages together (full: 810, tiny: 27)")
+    parser.add_argument("--base-iterations", type=int, help="of the base (full: 2700, tiny: 60)")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -653,7 +658,7 @@ def main() -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="(default: benchmarks/results/quality.json; tiny, and with --iterations or --only: in the folder)",
+        help="(default: benchmarks/results/quality.json; tiny, and with other iterations or --only: in the folder)",
     )
     parser.add_argument("--commit", help="to note where the checkout has no history")
     options = parser.parse_args()
@@ -666,11 +671,13 @@ def main() -> int:
     shares = sum(STAGES.values())
     if options.iterations is not None and options.iterations < shares:
         parser.error(f"--iterations {options.iterations}: a run's stages share {shares} parts; give as many at least")
+    if options.base_iterations is not None and options.base_iterations <= WARMUP:
+        parser.error(f"--base-iterations {options.base_iterations}: its rate rises for {WARMUP}; give more")
     parts = options.parts or tuple(part for part in PARTS if part != "peers" or not options.only)
     if "peers" in parts and options.peers_path is None and find_spec("kvpress") is None:
         parser.error("the part peers needs kvpress: install it as --help says for --peers-path, or name other parts")
     options.work = (options.work or Path(f"runs/quality-{options.size}")).resolve()
-    usual = options.size == "full" and options.iterations is None and not options.only
+    usual = options.size == "full" and not (options.iterations or options.base_iterations or options.only)
     options.out = options.out or (ROOT / "benchmarks" / "results" if usual else options.work) / "quality.json"
     work = Work(options)
     signal.signal(signal.SIGTERM, lambda *_: end(work))

@@ -161,7 +161,7 @@ def test_a_job_that_fails_leaves_the_others_measured(folder, tmp_path, monkeypat
 def options_of(work, **changes):
     """Of the command line of `benchmarks/quality.py`."""
     options = dict(work=work, size="tiny", minutes=5, parts=[], gpus=1, at_once=2, reserve=0, commit=None, only=None,
-                   iterations=None, base_lr=1, lr=1, teacher_weight=1, peers_path=None,
+                   iterations=None, base_iterations=None, base_lr=1, lr=1, teacher_weight=1, peers_path=None,
                    out=work / "out.json")  # fmt: skip
     return SimpleNamespace(**options | changes)
 
@@ -283,6 +283,9 @@ def test_some_methods_alone_and_longer(tmp_path, monkeypatch):
     quality.ablations(work)
     assert asked[2:] == ["dmc-4x-soft-finetune"]
     assert [n for _, n, _ in quality.stages(work, quality.METHODS[0])] == [4, 30, 20]
+    monkeypatch.setattr(quality.Work, "train", lambda work, name, iterations, *_: asked.append((name, iterations)))
+    quality.base(quality.Work(options_of(tmp_path / "longer", base_iterations=99)))
+    assert asked.pop() == ("base", 99)
     with pytest.raises(SystemExit, match="was begun with"):
         quality.Work(options_of(tmp_path, only=only))
     work.calls()
@@ -306,9 +309,10 @@ def test_some_methods_alone_leave_the_rest_to_be_done(tmp_path, monkeypatch):
     ]  # fmt: skip
     rest = ["runs", "reports", "ablations"]
     assert done == ["text", "base", *rest, *rest, "runs", "peers", "reports", "ablations"]
-    monkeypatch.setattr(sys, "argv", [*line, "--iterations", "26"])
-    with pytest.raises(SystemExit, match="2"):
-        quality.main()
+    for flags in (["--iterations", "26"], ["--base-iterations", "50"]):
+        monkeypatch.setattr(sys, "argv", line + flags)
+        with pytest.raises(SystemExit, match="2"):
+            quality.main()
 
 
 def test_what_is_called_runs_on_the_gpu_of_its_slot(tmp_path, monkeypatch):
@@ -339,7 +343,8 @@ from argparse import Namespace
 from pathlib import Path
 from benchmarks import quality
 options = Namespace(work=Path({str(tmp_path)!r}), size="tiny", minutes=5, parts=[], gpus=1, commit=None, reserve=0,
-                    iterations=None, only=None, base_lr=1, lr=1, teacher_weight=1, at_once=1, peers_path=None)
+                    iterations=None, base_iterations=None, only=None, base_lr=1, lr=1, teacher_weight=1, at_once=1,
+                    peers_path=None)
 work = quality.Work(options)
 signal.signal(signal.SIGTERM, lambda *_: quality.end(work))
 sleep = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
