@@ -38,6 +38,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,9 @@ STAGES = {"zero-out": 2, "retrofit": 15, "finetune": 10}
 """Shares of a run's iterations."""
 WARMUP = 50
 """Iterations in which a learning rate rises."""
+LOG_INTERVAL = 20
+CURVE = 200
+"""Iterations in a row of `training_curves`."""
 MEASURE = ROOT / "benchmarks" / "quality_measure.py"
 
 
@@ -98,12 +102,13 @@ SIZES = {
         "--dmc-init-val 0.1 --dmc-temp 0.5",  # so that a model merges at all that has hardly been trained
     ),
 }  # fmt: skip
-COMMON = """
+COMMON = f"""
     --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear --attention-dropout 0
     --hidden-dropout 0 --init-method-std 0.02 --weight-decay 0.1 --clip-grad 1 --adam-beta1 0.9 --adam-beta2 0.95
     --tokenizer-type HuggingFaceTokenizer --make-vocab-size-divisible-by 128 --split 100,0,0 --num-workers 2
     --no-create-attention-mask-in-dataloader --no-gradient-accumulation-fusion --ckpt-format torch_dist
-    --eval-interval 1000000 --eval-iters 0 --log-interval 20 --save-interval 500 --save-retain-interval 1000000
+    --eval-interval 1000000 --eval-iters 0 --log-interval {LOG_INTERVAL} --save-interval 500
+    --save-retain-interval 1000000
     """
 
 
@@ -119,6 +124,7 @@ class Change:
 
 CHANGES = {
     "as-published": Change(("--dmc-no-moving-offset", "--dmc-hard-steps", "0", "--dmc-no-hard-finetune")),
+    "zero-decisions": Change(("--dmc-zero-decisions",)),
     "published-loss": Change(("--dmc-no-moving-offset",)),
     "soft-retrofit": Change(("--dmc-hard-steps", "0")),
     "soft-finetune": Change(("--dmc-no-hard-finetune",)),
@@ -537,9 +543,48 @@ def collect(work: Work) -> dict:
             kind: {ratio: cost for ratio in RATIOS if (cost := cost_at(found, kind, ratio)) is not None}
             for kind in ("dmc", "distilled", "gqa")
         }
+    found["training_curves"] = training_curves(work)
     if work.failures:
         found["failures"] = work.failures
     found["calls"] = work.calls()
+    return found
+
+
+def training_curves(work: Work) -> dict[str, list]:
+    """By how much a method's loss is above its control's while they train, as shares of it.
+
+    Both read the same batches in the same order, so this has little noise, and it tells when a cost arises.
+
+    Returns:
+        Of each method rows of a stage, the last of up to `CURVE` iterations, the cost in them, and DMC's mean ratio.
+    """
+    curves = {}
+    for method in METHODS + ABLATIONS:
+        if method.kind == "control" or method.divisor > 1 or method.change.stages != STAGES:
+            continue  # no control's stages are as long
+        changed = method.changed if method.changed in CONTROLLED else ""
+        control = replace(method, kind="control", ratio=1, changed=changed)
+        rows = []
+        for stage in STAGES:
+            ours, theirs = (logged(work.folder / "logs" / f"runs.{one.name}.{stage}.log") for one in (method, control))
+            both = sorted(ours.keys() & theirs.keys() - {1})  # the first alone, others as means since the last
+            for start in range(0, len(both), CURVE // LOG_INTERVAL):
+                part = both[start : start + CURVE // LOG_INTERVAL]
+                cost = sum(ours[i][0] for i in part) / sum(theirs[i][0] for i in part) - 1
+                ratios = [ours[i][1] for i in part if ours[i][1] is not None]
+                rows.append([stage, part[-1], cost, sum(ratios) / len(ratios) if ratios else None])
+        if rows:
+            curves[method.name] = rows
+    return curves
+
+
+def logged(path: Path) -> dict[int, tuple[float, float | None]]:
+    """Loss and compression ratio by iteration, of a log of Megatron's."""
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if match := re.search(r" iteration +(\d+)/.* lm loss: (\S+)", line):
+            ratio = re.search(r"\| compression ratio: (\S+)", line)
+            found[int(match[1])] = float(match[2]), float(ratio[1]) if ratio else None
     return found
 
 

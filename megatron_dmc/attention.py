@@ -390,38 +390,42 @@ class DMCSelfAttention(SelfAttention):
         return cache
 
     @torch.no_grad()
-    def zero_importance(self) -> bool:
-        """Set to 0 the query rows that produce the last channel, so that every token's importance is `sigmoid(c)`.
+    def zero_last_channel(self, decisions: bool) -> bool:
+        """Set to 0 the query rows that produce the last channel, so that every token's importance is `sigmoid(c)`, and
+        with `decisions` the key rows, so that `a` is `-c` for every token.
 
         Ends the stage `zero-out`. Returns whether anything had to change.
         """
         parameters = [
             p for p in (self.linear_qkv.weight, getattr(self.linear_qkv, "bias", None)) if p is not None and p.numel()
         ]
-        rows = self._last_query_rows(parameters[0].device)
-        changed = any(bool(p[rows].any()) for p in parameters)
-        for p in parameters:
-            p[rows] = 0
-        norm = self.q_layernorm
-        if norm is not None and getattr(norm, "bias", None) is not None:
-            # A LayerNorm shifts a channel that is 0: its own gain and bias for that channel must vanish as well.
-            norm.weight[-1] = -1.0 if self.config.layernorm_zero_centered_gamma else 0.0
-            norm.bias[-1] = 0.0
+        query_rows, key_rows = self._last_rows(parameters[0].device)
+        changed = False
+        for rows, norm in ((query_rows, self.q_layernorm), *([(key_rows, self.k_layernorm)] if decisions else [])):
+            changed |= any(bool(p[rows].any()) for p in parameters)
+            for p in parameters:
+                p[rows] = 0
+            if norm is not None and getattr(norm, "bias", None) is not None:
+                # A LayerNorm shifts a channel that is 0: its own gain and bias for that channel must vanish as well.
+                norm.weight[-1] = -1.0 if self.config.layernorm_zero_centered_gamma else 0.0
+                norm.bias[-1] = 0.0
         return changed
 
     def importance_is_zeroed(self) -> bool:
         """Whether the query rows that produce the last channel are 0, as after the stage `zero-out`."""
-        rows = self._last_query_rows(self.linear_qkv.weight.device)
+        rows, _ = self._last_rows(self.linear_qkv.weight.device)
         return not bool(self.linear_qkv.weight[rows].any())
 
-    def _last_query_rows(self, device) -> Tensor:
-        """Rows of this rank's fused QKV projection, which lies as (queries, [gates,] key, value) per KV head."""
+    def _last_rows(self, device) -> tuple[Tensor, Tensor]:
+        """Rows of queries' and of keys' last channel in this rank's fused QKV projection, which lies as (queries,
+        [gates,] key, value) per KV head."""
         d = self.hidden_size_per_attention_head
         groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
         per_group = heads // groups
         stride = per_group * (2 if self.config.attention_output_gate else 1) + 2
         group, head = torch.arange(groups, device=device)[:, None], torch.arange(per_group, device=device)
-        return ((group * stride + head) * d + d - 1).flatten()
+        queries, keys = group * stride + head, group * stride + stride - 2
+        return (queries * d + d - 1).flatten(), (keys * d + d - 1).flatten()
 
 
 def _kinds(config: TransformerConfig) -> set[str | None]:

@@ -51,6 +51,11 @@ class DMCConfig:
     dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
     dmc_temp: float = _setting(0.1, "temperature of the Gumbel-sigmoid, of soft decisions in training")
     dmc_noise: bool = _setting(True, "draw Gumbel noise for soft decisions in training (off only to compare runs)")
+    dmc_zero_decisions: bool = _setting(
+        False,
+        "set the key rows that make decisions to 0 at the end of the stage zero-out, so that these start from nothing "
+        "(off, as published: from what the rows were for attention)",
+    )
     dmc_moving_offset: bool = _setting(
         True, "hold the ratio by the offset, which moves after every step (off: by the published compression loss)"
     )
@@ -80,7 +85,7 @@ class DMCConfig:
         number("dmc_hard_steps", "a share of steps, at least 0 and less than 1", lambda x: 0 <= x < 1)
         if self.dmc_kernel != "auto" and self.dmc_kernel not in KERNELS:
             raise DMCError(f"dmc_kernel must be auto or one of {', '.join(KERNELS)}; got {self.dmc_kernel!r}")
-        for name in ("dmc_noise", "dmc_moving_offset", "dmc_hard_finetune"):
+        for name in ("dmc_noise", "dmc_zero_decisions", "dmc_moving_offset", "dmc_hard_finetune"):
             if not isinstance(getattr(self, name), bool):
                 raise DMCError(f"{name} must be true or false; got {getattr(self, name)!r}")
 
@@ -158,10 +163,12 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for f in fields(DMCConfig):
         flag = "--" + f.name.replace("_", "-")
         help = f.metadata["help"].replace("%", "%%")
-        if f.type == "bool":
+        if f.type == "bool" and f.default:
             group.add_argument(
                 flag.replace("--dmc-", "--dmc-no-"), dest=f.name, action="store_false", help=f"do not {help}"
             )
+        elif f.type == "bool":
+            group.add_argument(flag, action="store_true", help=help)
         else:
             kind = {"float": float, "int": int}.get(f.type, str)
             group.add_argument(flag, type=kind, default=f.default, help=f"{help} (default: {f.default})")

@@ -215,7 +215,7 @@ def _train_step(original, forward_step_func, data_iterator, model, optimizer, *a
         print_rank_0(f"> DMC attention runs on: {compression.kernel}")
     _log(compression, report, losses, iteration + 1)
     if compression.config.dmc_stage == "zero-out" and iteration + 1 >= settings.train_iters:
-        _end_zero_out(model, optimizer)
+        _end_zero_out(compression.config, model, optimizer)
     return losses, *rest
 
 
@@ -245,9 +245,9 @@ def _begin_training(compression: Compression, model: list, iteration: int) -> No
         )
 
 
-def _end_zero_out(model: list, optimizer: Any) -> None:
+def _end_zero_out(config: DMCConfig, model: list, optimizer: Any) -> None:
     for layer in dmc_layers(model):
-        layer.zero_importance()
+        layer.zero_last_channel(config.dmc_zero_decisions)
     # The optimizer's float32 copies must not bring the rows back.
     if not getattr(optimizer, "is_stub_optimizer", False):
         optimizer.reload_model_params()

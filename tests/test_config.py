@@ -13,8 +13,8 @@ def test_flags_are_nvidias_and_default_to_the_papers():
     assert DMCConfig.from_args(args) == DMCConfig()
     assert (args.dmc_init_val, args.dmc_window_size, args.dmc_temp, args.dmc_cr) == (5.0, 12, 0.1, 4.0)
     given = "--dmc-stage retrofit --dmc-cr 8 --dmc-window-size 0 --dmc-temp 0.2 --dmc-init-val 3 --dmc-no-noise"
-    args = add_flags(argparse.ArgumentParser()).parse_args(given.split())
-    assert DMCConfig.from_args(args) == DMCConfig("retrofit", 8.0, 3.0, 0, 0.2, False)
+    args = add_flags(argparse.ArgumentParser()).parse_args([*given.split(), "--dmc-zero-decisions"])
+    assert DMCConfig.from_args(args) == DMCConfig("retrofit", 8.0, 3.0, 0, 0.2, False, True)
 
 
 @pytest.mark.parametrize(

@@ -404,21 +404,25 @@ def test_zero_out_stage(fresh_seed, last_channel):
 @pytest.mark.parametrize(
     "variant", ["gqa", "mha", "qkv bias", "qk rms norm", "qk layer norm", "qk l2 norm", "output gate"]
 )
-def test_zeroed_importance(fresh_seed, variant):
-    """After `zero_importance` the last query channel is 0 for any input, and nothing else has changed."""
+@pytest.mark.parametrize("decisions", [False, True])
+def test_zeroed_last_channel(fresh_seed, variant, decisions):
+    """The last channel of queries, and with `decisions` that of keys, is 0 for any input; nothing else has changed."""
     model = gpt(config(**VARIANTS[variant]), DMCConfig(dmc_stage="zero-out"))
     attention = model.decoder.layers[0].self_attention
     hidden = torch.randn(5, 3, 32, device="cuda")
     before = attention.get_query_key_value_tensors(hidden, output_gate=attention.config.attention_output_gate)
-    assert not attention.importance_is_zeroed() and attention.zero_importance() and attention.importance_is_zeroed()
+    assert not attention.importance_is_zeroed()
+    assert attention.zero_last_channel(decisions) and attention.importance_is_zeroed()
     after = attention.get_query_key_value_tensors(hidden, output_gate=attention.config.attention_output_gate)
-    assert before[0][..., -1].abs().min() > 0
-    assert not after[0][..., -1].any()
-    if "norm" not in variant:
-        assert torch.equal(before[0][..., :-1], after[0][..., :-1])
-    for b, a in zip(before[1:], after[1:], strict=True):
+    changed = before[:2] if decisions else before[:1]
+    for b, a in zip(changed, after, strict=False):
+        assert b[..., -1].abs().min() > 0
+        assert not a[..., -1].any()
+        if "norm" not in variant:
+            assert torch.equal(b[..., :-1], a[..., :-1])
+    for b, a in zip(before[len(changed) :], after[len(changed) :], strict=True):
         assert torch.equal(b, a)
-    assert not attention.zero_importance()  # nothing left to change
+    assert not attention.zero_last_channel(decisions)  # nothing left to change
 
 
 REFUSED = {

@@ -199,6 +199,36 @@ def test_costs_are_compared_by_window_and_at_equal_ratios():
     assert over(found, "Knorm-base-2x", "loss") == pytest.approx(0.2)
 
 
+def test_curves_are_compared_by_stage_and_batch(tmp_path):
+    """Logs of Megatron's, one of a run that was resumed and one of a control that is further."""
+    from benchmarks.quality import training_curves
+
+    def write(name, stage, losses, ratio=""):
+        (tmp_path / "logs").mkdir(exist_ok=True)
+        lines = [
+            f" [2026-01-01] iteration {i:8}/     500 | elapsed time (ms): 9 | lm loss: {loss:.6E} |{ratio}"
+            " loss scale: 1.0 |\n validation loss at iteration 3 on test set | lm loss value: 9.0"
+            for i, loss in losses
+        ]
+        (tmp_path / "logs" / f"runs.{name}.{stage}.log").write_text("\n".join(lines))
+
+    steps = range(20, 301, 20)
+    write("control", "retrofit", [(1, 7.0), *((i, 2.0) for i in steps), (320, 1.0)])
+    resumed = [(1, 9.0), *((i, 2.04) for i in steps[:8]), (160, 2.04), *((i, 2.04 if i <= 200 else 2.2) for i in steps)]
+    write("dmc-4x", "retrofit", resumed, " compression ratio: 2.5E+00 | target compression ratio: 9E+00 |")
+    write("gqa-2x", "retrofit", [(i, 1.9) for i in steps[:3]])
+    write("dmc-4x-half-the-lr", "retrofit", [(i, 1.9) for i in steps])  # its control has not run
+    write("dmc-4x-window-4", "retrofit", [(i, 2.1) for i in steps[:1]])
+    write("dmc-4x-longer-finetune", "retrofit", [(i, 2.1) for i in steps])  # its stages are others
+    curves = training_curves(SimpleNamespace(folder=tmp_path))
+    assert curves.keys() == {"dmc-4x", "gqa-2x", "dmc-4x-window-4"}
+    assert curves["dmc-4x"] == [
+        ["retrofit", 200, pytest.approx(0.02), 2.5], ["retrofit", 300, pytest.approx(0.1), 2.5],
+    ]  # fmt: skip
+    assert curves["gqa-2x"] == [["retrofit", 60, pytest.approx(-0.05), None]]
+    assert curves["dmc-4x-window-4"] == [["retrofit", 20, pytest.approx(0.05), None]]
+
+
 @pytest.mark.parametrize("missing", [(), ("control",), ("control-seed2",), ("none-control",), ("dmc-4x",)])
 def test_a_picture_is_drawn_of_what_there_is(tmp_path, missing):
     import matplotlib

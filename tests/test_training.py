@@ -36,18 +36,22 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 
 def test_stages_follow_one_another(base, tmp_path):
-    """Zero-out leaves zeroed query rows; retrofit follows the schedule; finetune holds the target."""
+    """Zero-out leaves zeroed rows; retrofit follows the schedule; finetune holds the target."""
     short = ["--train-iters", 4, "--save-interval", 4]
-    run = train(*short, "--dmc-stage", "zero-out", "--load", base, "--finetune", "--save", tmp_path / "zero")
+    zero_out = [*short, "--dmc-stage", "zero-out", "--load", base, "--finetune", "--save"]
+    run = train(*zero_out, tmp_path / "published")
     assert run.steps[4]["last channel"] == pytest.approx(1 - 3 / 4 / 0.8, abs=1e-6)
-    rows = [g * 32 + h * 8 + 7 for g in range(2) for h in range(2)]  # 2 KV heads of (2 queries, key, value) of 8
-    for when, zero in ((base, False), (tmp_path / "zero", True)):
+    train(*zero_out, tmp_path / "zero", "--dmc-zero-decisions")
+    heads = range(2)  # KV heads of (2 queries, key, value) of 8
+    queries, keys = [g * 32 + h * 8 + 7 for g in heads for h in range(2)], [g * 32 + 23 for g in heads]
+    for when, zeros in ((base, []), (tmp_path / "zero", queries + keys), (tmp_path / "published", queries)):
         qkv = {n: w for n, w in weights(when).items() if n.endswith("linear_qkv.weight")}
         assert qkv
         for weight in qkv.values():
-            weight = weight.flatten(0, -3) if weight.dim() > 2 else weight[None]
-            assert bool((weight[:, rows] == 0).all()) == zero
-            assert bool((weight == 0).any()) == zero
+            for layer in weight.flatten(0, -3) if weight.dim() > 2 else weight[None]:
+                assert layer.shape[0] == 64
+                assert sorted(zeros) == (layer == 0).all(1).nonzero().flatten().tolist()
+                assert (layer == 0).sum() == len(zeros) * layer.shape[1]
 
     run = train(
         *short, *["--dmc-stage", "retrofit", "--dmc-cr", "4"], *UNDECIDED, "--load", tmp_path / "zero", "--finetune",
