@@ -32,7 +32,7 @@ PROGRESS = re.compile(r" iteration +(\d+)/ *(\d+) .*?\| (lm loss: .*?) \| loss s
 
 @dataclass(frozen=True)
 class Size:
-    """The model and its training; the control gets as many steps as the three stages together."""
+    """The model and its training; the control trains in three runs as long as the stages, with their learning rates."""
 
     layers: int = 4
     hidden: int = 128
@@ -79,11 +79,16 @@ def main() -> None:
 
     high, low = size.learning_rate, size.learning_rate / 20
     train(size, output, "base", size.base, lr=high, min_lr=low)
-    stages = size.zero_out + size.retrofit + size.finetune
-    train(size, output, "control", stages, lr=high, min_lr=low, start="base")
-    train(size, output, "zero-out", size.zero_out, lr=high / 2, min_lr=high / 2, start="base", stage="zero-out")
-    train(size, output, "retrofit", size.retrofit, lr=high, min_lr=high, start="zero-out", stage="retrofit")
-    train(size, output, "finetune", size.finetune, lr=high, min_lr=low, start="retrofit", stage="finetune")
+    for control in (True, False):
+        start = "base"
+        for stage, steps, lr, min_lr in (
+            ("zero-out", size.zero_out, high / 2, high / 2),
+            ("retrofit", size.retrofit, high, high),
+            ("finetune", size.finetune, high, low),
+        ):
+            name = f"control-{stage}" if control else stage
+            train(size, output, name, steps, lr=lr, min_lr=min_lr, start=start, stage="" if control else stage)
+            start = name
 
     evaluate(size, output, data)
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
@@ -172,8 +177,8 @@ def evaluate(size: Size, output: Path, data: str) -> None:
     from megatron_dmc.token_text import TokenText
 
     losses = {}
-    for name in ("base", "control"):
-        loaded = load(output / name, need_dmc=False)
+    for name, folder in (("base", "base"), ("control", "control-finetune")):
+        loaded = load(output / folder, need_dmc=False)
         windows = read_windows(loaded, size.seq_length, data=f"{data}-valid", limit=size.held_out_tokens)
         losses[name] = loss_uncompressed(loaded, windows)
     loaded = load(output / "finetune")

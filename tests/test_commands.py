@@ -1,11 +1,13 @@
 """The commands as a user runs them, bad input included."""
 
 import json
+import sys
 
 import pytest
-from runs import UNDECIDED, WITHOUT_DATA, dmc, python, train
+from runs import ROOT, UNDECIDED, WITHOUT_DATA, dmc, python, train
 
 from megatron_dmc.cli import COMMANDS
+from megatron_dmc.config import STAGES
 
 TEXT = "def f(x):\n    return x + 1\n\n" * 60
 
@@ -174,9 +176,35 @@ def said_in_one_process(commands, **variables):
     return [line.removeprefix("said: ") for line in run.output.splitlines() if line.startswith("said: ")]
 
 
+def test_the_demos_control_trains_as_the_stages_do(monkeypatch, tmp_path):
+    """In as many runs, as long, with the same learning rates and from the same base; only it is no stage of DMC."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import demo
+
+    calls = {}
+
+    def record(command, *arguments, label="", **_):
+        if command == "train":
+            calls[label] = dict(zip(arguments, [*arguments[1:], None], strict=True))
+
+    monkeypatch.setattr(demo, "dmc", record)
+    monkeypatch.setattr(demo, "copy_standard_library", lambda folder: None)
+    monkeypatch.setattr(demo, "evaluate", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path)])
+    demo.main()
+    assert list(calls) == ["base", *(f"control-{x}" for x in STAGES), *STAGES]
+    for before, stage in zip(("base", *STAGES), STAGES, strict=False):
+        ours, control = calls[stage], calls[f"control-{stage}"]
+        assert ours["--dmc-stage"] == stage and "--dmc-stage" not in control and "--dmc-cr" not in control
+        for flag in ("--train-iters", "--lr", "--min-lr", "--lr-decay-style", "--train-data-path"):
+            assert ours[flag] == control[flag], flag
+        assert ours["--load"] == f"{tmp_path}/{before}"
+        assert control["--load"] == f"{tmp_path}/{before if before == 'base' else f'control-{before}'}"
+
+
 def test_the_demos_evaluation(checkpoints, corpus, tmp_path):
     """Its last step but one, on models that are there already."""
-    for name, origin in (("base", "base"), ("control", "base"), ("finetune", "dmc")):
+    for name, origin in (("base", "base"), ("control-finetune", "base"), ("finetune", "dmc")):
         (tmp_path / name).symlink_to(checkpoints / origin)
     code = (
         "import sys; from dataclasses import replace; from pathlib import Path; sys.path.insert(0, 'examples'); "
