@@ -29,6 +29,8 @@ tokens. Errors are over windows, not over seeds. Presses keep equally many entri
 training text, of the base and all runs alike; DMC learns from them which tokens are asked for, and methods without
 training cannot.
 
+`training_curves` follows what a method costs while it trains, stage by stage, on the batches of its control.
+
 Training is `megatron-dmc train`, models travel by `megatron-dmc convert`. `--size tiny` tries all of it on a CPU.
 """
 

@@ -54,8 +54,9 @@ def test_stages_follow_one_another(base, tmp_path):
                 assert (layer == 0).sum() == len(zeros) * layer.shape[1]
 
     run = train(
-        *short, *["--dmc-stage", "retrofit", "--dmc-cr", "4"], *UNDECIDED, "--load", tmp_path / "zero", "--finetune",
-        "--save", tmp_path / "retrofit", "--tensorboard-dir", tmp_path / "tensorboard", "--tensorboard-log-interval", 1,
+        *short, *["--dmc-stage", "retrofit", "--dmc-cr", "4"], *UNDECIDED, "--load", tmp_path / "published",
+        "--finetune", "--save", tmp_path / "retrofit", "--tensorboard-dir", tmp_path / "tensorboard",
+        "--tensorboard-log-interval", 1,
     )  # fmt: skip
     assert "run the stage zero-out first" not in run.output
     # Megatron's log averages since the last line, and its first line's values count again in the second.
