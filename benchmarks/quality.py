@@ -124,9 +124,21 @@ class Change:
     stages: dict[str, int] = field(default_factory=lambda: STAGES)
 
 
+def decisions(scale: float, temperature: float = 0.3) -> tuple[str, ...]:
+    """Flags with which decisions learn 1/scale times as fast as published; the temperature is in units of the scale."""
+    values = {"init-val": 5 * scale, "temp": temperature * scale, "noise-scale": scale}
+    return tuple(part for name, value in values.items() for part in (f"--dmc-{name}", f"{value:g}"))
+
+
+PUBLISHED_DECISIONS = ("--dmc-no-zero-decisions", *decisions(1, 0.1))
 CHANGES = {
-    "as-published": Change(("--dmc-no-moving-offset", "--dmc-hard-steps", "0", "--dmc-no-hard-finetune")),
-    "zero-decisions": Change(("--dmc-zero-decisions",)),
+    "as-published": Change(
+        (*PUBLISHED_DECISIONS, "--dmc-no-moving-offset", "--dmc-hard-steps", "0", "--dmc-no-hard-finetune")
+    ),
+    "published-decisions": Change(PUBLISHED_DECISIONS),
+    "seeded-decisions": Change(("--dmc-no-zero-decisions", *decisions(1))),
+    "decisions-at-rate-1": Change(decisions(1)),
+    "decisions-at-rate-4": Change(decisions(1 / 4)),
     "published-loss": Change(("--dmc-no-moving-offset",)),
     "soft-retrofit": Change(("--dmc-hard-steps", "0")),
     "soft-finetune": Change(("--dmc-no-hard-finetune",)),
@@ -134,11 +146,11 @@ CHANGES = {
     "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 10, "finetune": 15}),
     "window-24": Change(("--dmc-window-size", "24")),
     "half-the-lr": Change(lr=0.5),
-    "temperature-0.3": Change(("--dmc-temp", "0.3")),
+    "temperature-0.05": Change(decisions(1 / 2, 0.1)),
+    "temperature-0.5": Change(decisions(1 / 2, 1)),
     "window-4": Change(("--dmc-window-size", "4")),
     "shorter-finetune": Change(stages={"zero-out": 2, "retrofit": 20, "finetune": 5}),
     "longest-finetune": Change(stages={"zero-out": 2, "retrofit": 6, "finetune": 19}),
-    "temperature-0.02": Change(("--dmc-temp", "0.02")),
     "twice-the-lr": Change(lr=2),
     "twice-the-tokens": Change(tokens=2),
 }

@@ -169,7 +169,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prepare(
     const Tensor& query, const Tensor& key, const Tensor& value, std::optional<Tensor> cos, std::optional<Tensor> sin,
     std::optional<Tensor> noise, std::optional<Tensor> noise_key, int64_t noise_stream, int64_t noise_first_head,
     int64_t window, double offset, std::optional<double> temperature, bool interleaved, double scale,
-    double query_channel, int64_t noise_first_token, int64_t noise_stride, int64_t noise_sequences) {
+    double query_channel, int64_t noise_first_token, int64_t noise_stride, int64_t noise_sequences,
+    double noise_scale) {
   const Call call{query, "query"};
   dmc::Prepare p{};
   p.shape = shape_of(query, key);
@@ -195,6 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prepare(
   p.noise_stride = int(noise_stride);
   require(noise_sequences >= 0, "noise_sequences must be 0 (all of them) or their number; got ", noise_sequences);
   p.noise_sequences = noise_sequences ? int(noise_sequences) : p.shape.batch;
+  p.noise_scale = float(noise_scale);
   p.window = checked_window(window, p.shape, dtype);
   p.offset = float(offset);
   p.temperature = float(temperature.value_or(0));
@@ -513,9 +515,9 @@ STABLE_TORCH_LIBRARY(megatron_dmc, m) {
   m.def(
       "prepare(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor? noise, Tensor? noise_key, "
       "int noise_stream, int noise_first_head, int window, float offset, float? temperature, bool interleaved, "
-      "float scale, float query_channel, int noise_first_token=0, int noise_stride=0, int noise_sequences=0) -> "
-      "(Tensor attention_query, Tensor attention_key, Tensor attention_value, Tensor diagonal, Tensor alpha, "
-      "Tensor weight)");
+      "float scale, float query_channel, int noise_first_token=0, int noise_stride=0, int noise_sequences=0, "
+      "float noise_scale=1) -> (Tensor attention_query, Tensor attention_key, Tensor attention_value, Tensor diagonal, "
+      "Tensor alpha, Tensor weight)");
   m.def("merge_past_(Tensor(a!) output, Tensor(b!) logsumexp, Tensor past, Tensor past_logsumexp) -> ()");
   m.def(
       "merge_diagonal_(Tensor(a!) output, Tensor(b!) logsumexp, Tensor diagonal, Tensor attention_key, "

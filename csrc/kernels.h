@@ -49,6 +49,7 @@ struct Prepare {
   // Where the tokens are in longer sequences of which these are parts, for the noise: `noise_sequences` parts that begin
   // with noise_first_token, then as many that begin noise_stride tokens later, and so on.
   int noise_first_token, noise_stride, noise_sequences;
+  float noise_scale;  // of what noise_key makes
   int window;
   float offset;
   float temperature;  // 0: hard decisions

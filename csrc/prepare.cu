@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads<T, D>, sizeof(T) == 2 && D <= 128 ? 3
       float logit = to_float(decides) - p.offset + noise;
       if (p.noise_key) {
         const int place = p.noise_first_token + batch / p.noise_sequences * p.noise_stride + token;
-        logit += logistic_noise(
+        logit += p.noise_scale * logistic_noise(
             noise_key, make_uint4(place, batch % p.noise_sequences, p.noise_first_head + kv_head, p.noise_stream));
       }
       if (token > 0) decision = decide(logit, p.temperature);  // the first token has nothing to merge into

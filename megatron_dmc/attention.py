@@ -186,7 +186,7 @@ class DMCCoreAttention(MegatronModule):
         return "reference" if self.compression.config.dmc_kernel == "reference" else choose_paged_kernel(query, cache)
 
     def _noise(self, key: Tensor) -> LogisticNoise:
-        """Logistic noise for this pass, the difference of two standard Gumbel variables; by head, in any layout."""
+        """Logistic noise for this pass; by head, in any layout."""
         stream = parallel_state.get_data_parallel_rank() if parallel_state.is_initialized() else 0
         share = get_pg_rank(self._tp)
         if self._exchanges_heads:
@@ -411,10 +411,10 @@ class DMCSelfAttention(SelfAttention):
                 norm.bias[-1] = 0.0
         return changed
 
-    def importance_is_zeroed(self) -> bool:
-        """Whether the query rows that produce the last channel are 0, as after the stage `zero-out`."""
-        rows, _ = self._last_rows(self.linear_qkv.weight.device)
-        return not bool(self.linear_qkv.weight[rows].any())
+    def zeroed_rows(self) -> tuple[bool, bool]:
+        """Whether the query rows, and the key rows, that produce the last channel are 0, as `zero-out` leaves them."""
+        query_rows, key_rows = self._last_rows(self.linear_qkv.weight.device)
+        return tuple(not bool(self.linear_qkv.weight[rows].any()) for rows in (query_rows, key_rows))
 
     def _last_rows(self, device) -> tuple[Tensor, Tensor]:
         """Rows of queries' and of keys' last channel in this rank's fused QKV projection, which lies as (queries,

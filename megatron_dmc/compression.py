@@ -4,12 +4,12 @@
 share asked for. Counts are reduced over all ranks once per step, and what follows from them holds for the next one:
 pipeline stages exchange nothing inside a step, and no gradient depends on the layout.
 
-**The offset holds the ratio.** After a step the offset `c` of all decisions moves by `GAIN · (m̄ - p_n)`, as the biases
-of experts do in balancing without an auxiliary loss (Wang et al., 2024, arXiv 2408.15664). What the language-model loss
-has against merging as such must then not move the decisions, or they sink, and the offset after them. Along a common
-shift of all logits `a` its gradient is `Σ ∂L/∂a`; a compression loss of weight `λ` adds `-λ Σ ∂m̄/∂a`. With the `λ` at
-which both cancel, a Lagrange multiplier, the loss says which tokens merge and the offset how many. Each step on soft
-decisions measures both sums and brings `λ` up to date.
+**The offset holds the ratio.** After a step the offset `c` of all decisions moves by `GAIN · (m̄ - p_n)` times the
+noise's scale, as the biases of experts do in balancing without an auxiliary loss (Wang et al., 2024, arXiv 2408.15664).
+What the language-model loss has against merging as such must then not move the decisions, or they sink, and the offset
+after them. Along a common shift of all logits `a` its gradient is `Σ ∂L/∂a`; a compression loss of weight `λ` adds
+`-λ Σ ∂m̄/∂a`. With the `λ` at which both cancel, a Lagrange multiplier, the loss says which tokens merge and the offset
+how many. Each step on soft decisions measures both sums and brings `λ` up to date.
 
 **As published** (`--dmc-no-moving-offset`) the offset stays, and the loss `max(0, p_n - m̄)` is added to the other: `λ`
 is 1 while `m̄ < p_n`, and 0 after.
@@ -37,12 +37,13 @@ from megatron_dmc.ops.documents import Documents
 from megatron_dmc.ops.noise import LogisticNoise
 
 GAIN = 3.0
-"""By how much the offset moves for a share of merged tokens that is off by 1. It settles where the density of logits at
-the threshold is below 2 / GAIN, and does not overshoot below 1 / GAIN; decisions spread over several units have a few
-hundredths, and the noise of soft ones alone spreads them to .25."""
+"""By how much the offset moves for a share of merged tokens that is off by 1, in units of `dmc_noise_scale`. It settles
+where the density of logits at the threshold is below 2 / GAIN, and does not overshoot below 1 / GAIN; decisions spread
+over several units have a few hundredths, and the noise of soft ones alone spreads them to .25."""
 
 REACH = 20.0
-"""How far the offset moves from `dmc_init_val` at most, where documents are too short for the ratio."""
+"""How far the offset moves from `dmc_init_val` at most, in the same units, where documents are too short for the
+ratio."""
 
 _COUNTS = ("merged", "tokens", "cost", "slope")
 """What a step sums up in each layer: tokens that merged, and all; along a common shift of the logits, the gradient of
@@ -190,7 +191,7 @@ class Compression:
             tracker.add(name, seed)
             tracker.seeds_.discard(seed)  # a recomputed pass may come here again
         with tracker.fork(name):
-            return LogisticNoise.draw(device, stream, first_head)
+            return LogisticNoise.draw(device, stream, first_head, self.config.dmc_noise_scale)
 
     def documents(self, source: Tensor, find: Callable[[], Documents], sizes: tuple[int, ...]) -> Documents:
         """What `find` finds in `source`, once for all layers, and for recomputed passes.
@@ -288,9 +289,9 @@ class Compression:
         of_inference = self.hard or not self.config.hard_share
         if of_inference and not math.isnan(merge_rate):  # else no layer was in use
             # A checkpoint's offset may lie beyond: from there it comes back by steps like any other.
-            begin = self.config.dmc_init_val
-            low, high = min(begin - REACH, self.offset), max(begin + REACH, self.offset)
-            self.offset = min(max(self.offset + GAIN * (merge_rate - self.merge_target), low), high)
+            begin, unit = self.config.dmc_init_val, self.config.dmc_noise_scale
+            low, high = min(begin - REACH * unit, self.offset), max(begin + REACH * unit, self.offset)
+            self.offset = min(max(self.offset + GAIN * unit * (merge_rate - self.merge_target), low), high)
 
     def forget_step(self) -> None:
         """Begin the step anew, in this process or another, as if it had not begun."""

@@ -21,7 +21,10 @@ KERNELS = ("cudnn", "flash", "dense", "reference")
 attention written out in float32 (quadratic memory, any dtype: for tests), or the reference operations."""
 
 
-AS_PUBLISHED = dict(dmc_moving_offset=False, dmc_hard_steps=0.0, dmc_hard_finetune=False)
+AS_PUBLISHED = dict(
+    dmc_init_val=5.0, dmc_temp=0.1, dmc_noise_scale=1.0, dmc_zero_decisions=False, dmc_moving_offset=False,
+    dmc_hard_steps=0.0, dmc_hard_finetune=False,
+)  # fmt: skip
 """The settings in which our recipe departs from the published one, as they are there."""
 
 
@@ -35,7 +38,8 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class DMCConfig:
-    """How a model compresses its cache and how it learns to (defaults and names as NVIDIA published them).
+    """How a model compresses its cache and how it learns to (names as NVIDIA published them; defaults, too, but for
+    `AS_PUBLISHED`).
 
     The same names serve as flags (`--dmc-window-size`), as keys of the YAML file and as attributes of the arguments
     that Megatron saves with a checkpoint.
@@ -46,13 +50,19 @@ class DMCConfig:
     )
     dmc_cr: float = _setting(4.0, "target compression ratio: tokens per cache entry, at least 1")
     dmc_init_val: float = _setting(
-        5.0, "offset c that makes an untrained model append every token; a checkpoint that merges brings its own"
+        2.5, "offset c that makes an untrained model append every token; a checkpoint that merges brings its own"
     )
     dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
-    dmc_temp: float = _setting(0.1, "temperature of the Gumbel-sigmoid, of soft decisions in training")
-    dmc_noise: bool = _setting(True, "draw Gumbel noise for soft decisions in training (off only to compare runs)")
+    dmc_temp: float = _setting(0.15, "temperature of soft decisions in training")
+    dmc_noise_scale: float = _setting(
+        0.5,
+        "scale of the noise of soft decisions in training (1, as published: the difference of two Gumbel variables), "
+        "and of the offset's moves; with dmc_init_val and dmc_temp made smaller by the same factor, decisions learn "
+        "faster by it",
+    )
+    dmc_noise: bool = _setting(True, "draw noise for soft decisions in training (off only to compare runs)")
     dmc_zero_decisions: bool = _setting(
-        False,
+        True,
         "set the key rows that make decisions to 0 at the end of the stage zero-out, so that these start from nothing "
         "(off, as published: from what the rows were for attention)",
     )
@@ -82,6 +92,7 @@ class DMCConfig:
         number("dmc_window_size", "a whole number of tokens, 0 for no limit", lambda x: x >= 0 and x % 1 == 0)
         object.__setattr__(self, "dmc_window_size", int(self.dmc_window_size))  # YAML may have 12.0
         number("dmc_temp", "a positive temperature", lambda x: 0 < x < float("inf"))
+        number("dmc_noise_scale", "a positive number (dmc_noise: false draws none)", lambda x: 0 < x < float("inf"))
         number("dmc_hard_steps", "a share of steps, at least 0 and less than 1", lambda x: 0 <= x < 1)
         if self.dmc_kernel != "auto" and self.dmc_kernel not in KERNELS:
             raise DMCError(f"dmc_kernel must be auto or one of {', '.join(KERNELS)}; got {self.dmc_kernel!r}")
@@ -163,12 +174,11 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for f in fields(DMCConfig):
         flag = "--" + f.name.replace("_", "-")
         help = f.metadata["help"].replace("%", "%%")
-        if f.type == "bool" and f.default:
+        if f.type == "bool":
+            assert f.default  # a flag turns it off
             group.add_argument(
                 flag.replace("--dmc-", "--dmc-no-"), dest=f.name, action="store_false", help=f"do not {help}"
             )
-        elif f.type == "bool":
-            group.add_argument(flag, action="store_true", help=help)
         else:
             kind = {"float": float, "int": int}.get(f.type, str)
             group.add_argument(flag, type=kind, default=f.default, help=f"{help} (default: {f.default})")

@@ -31,7 +31,7 @@ from typing import Any
 
 from megatron_dmc import resume
 from megatron_dmc.compression import Compression, StepReport
-from megatron_dmc.config import DMCConfig, DMCError
+from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError
 
 RETAIN_INTERVAL = "dmc_save_retain_interval"
 """Where `--save-retain-interval` is kept from Megatron, which would delete the last checkpoint but one unseen."""
@@ -237,10 +237,22 @@ def _take_up(compression: Compression) -> None:
 
 def _begin_training(compression: Compression, model: list, iteration: int) -> None:
     _take_up(compression)
-    begins = compression.config.dmc_stage == "retrofit" and iteration == 0
-    if begins and any(not layer.importance_is_zeroed() for layer in dmc_layers(model)):
+    config = compression.config
+    if config.dmc_stage != "retrofit" or iteration > 0:
+        return
+    zeroed = [layer.zeroed_rows() for layer in dmc_layers(model)]
+    if not all(queries for queries, _ in zeroed):
         warnings.warn(
             "retrofitting starts from a model whose last query channel is in use: run the stage zero-out first",
+            stacklevel=2,
+        )
+    elif config.dmc_zero_decisions and not all(keys for _, keys in zeroed):
+        values = ", ".join(
+            f"{name} = {AS_PUBLISHED[name]:g}" for name in ("dmc_init_val", "dmc_temp", "dmc_noise_scale")
+        )
+        warnings.warn(
+            "retrofitting starts from a model whose decisions are what its last key channel was for attention: run the "
+            f"stage zero-out with dmc_zero_decisions, or retrofit without it, as published ({values})",
             stacklevel=2,
         )
 

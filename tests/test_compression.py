@@ -84,16 +84,18 @@ def test_the_loss_is_one_sided_and_follows_the_step_before():
 
 @pytest.mark.parametrize("settings", [dict(dmc_hard_finetune=True), dict(dmc_moving_offset=True)])
 @pytest.mark.parametrize("begin", [2.0, 8.0])
-def test_the_offset_holds_the_ratio(fresh_seed, settings, begin):
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_offset_holds_the_ratio(fresh_seed, settings, begin, scale):
     torch.manual_seed(fresh_seed)
-    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_init_val=begin, **settings), 1, 2)
-    keys = 5 + 4 * torch.randn(2048, 2, 2)
+    settings = settings | dict(dmc_init_val=begin * scale, dmc_noise_scale=scale)
+    compression = Compression(stage("finetune", dmc_cr=4.0, **settings), 1, 2)
+    keys = scale * (5 + 4 * torch.randn(2048, 2, 2))
     for i in range(300):
         compression.begin_step(i, 300)
         decisions, before = (keys > compression.offset).float(), compression.offset
         step(compression, [decisions])
         report = compression.end_step()
-        assert compression.offset - before == pytest.approx(GAIN * (decisions.mean().item() - 0.75), abs=1e-6)
+        assert compression.offset - before == pytest.approx(scale * GAIN * (decisions.mean().item() - 0.75), abs=1e-6)
     assert report.ratio == pytest.approx(4, rel=0.01)
 
 

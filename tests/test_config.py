@@ -8,13 +8,16 @@ import pytest
 from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError, add_flags
 
 
-def test_flags_are_nvidias_and_default_to_the_papers():
+def test_flags_are_nvidias():
     args = add_flags(argparse.ArgumentParser()).parse_args([])
     assert DMCConfig.from_args(args) == DMCConfig()
-    assert (args.dmc_init_val, args.dmc_window_size, args.dmc_temp, args.dmc_cr) == (5.0, 12, 0.1, 4.0)
+    assert (args.dmc_init_val, args.dmc_window_size, args.dmc_temp, args.dmc_cr) == (2.5, 12, 0.15, 4.0)
+    assert (args.dmc_noise_scale, AS_PUBLISHED["dmc_noise_scale"]) == (0.5, 1.0)
+    assert (AS_PUBLISHED["dmc_init_val"], AS_PUBLISHED["dmc_temp"]) == (5.0, 0.1)
     given = "--dmc-stage retrofit --dmc-cr 8 --dmc-window-size 0 --dmc-temp 0.2 --dmc-init-val 3 --dmc-no-noise"
-    args = add_flags(argparse.ArgumentParser()).parse_args([*given.split(), "--dmc-zero-decisions"])
-    assert DMCConfig.from_args(args) == DMCConfig("retrofit", 8.0, 3.0, 0, 0.2, False, True)
+    given += " --dmc-noise-scale 0.7 --dmc-no-zero-decisions"
+    args = add_flags(argparse.ArgumentParser()).parse_args(given.split())
+    assert DMCConfig.from_args(args) == DMCConfig("retrofit", 8.0, 3.0, 0, 0.2, 0.7, False, False)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,7 @@ def test_flags_are_nvidias_and_default_to_the_papers():
         (dict(dmc_temp=0), "dmc_temp must be a positive temperature"),
         (dict(dmc_init_val=float("inf")), "dmc_init_val"),
         (dict(dmc_noise="no"), "dmc_noise"),
+        (dict(dmc_noise_scale=0), "dmc_noise_scale must be a positive number .dmc_noise: false draws none.; got 0"),
         (dict(dmc_moving_offset=1), "dmc_moving_offset must be true or false; got 1"),
         (dict(dmc_hard_steps=1), "dmc_hard_steps must be a share of steps, at least 0 and less than 1; got 1"),
         (dict(dmc_hard_steps=-0.1), "dmc_hard_steps"),

@@ -156,7 +156,7 @@ def _attend(rank, cp, store, seed, kernel="reference", emulated=None):
         rotary = (angles.cos(), angles.sin())
         if by_sequence:
             rotary = tuple(torch.stack([t, t.flip(0)], 1) for t in rotary)
-        noise = None if temperature is None else LogisticNoise(torch.tensor([seed]), 3, first_head=1)
+        noise = None if temperature is None else LogisticNoise(torch.tensor([seed]), 3, first_head=1, scale=0.3)
         options = dict(window=window, offset=1.0, temperature=temperature)
 
         ours = partial(dmc_attention_of_chunks, group=dist.group.WORLD, kernel=kernel, noise=noise)

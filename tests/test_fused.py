@@ -142,6 +142,7 @@ def test_noise_is_logistic_and_the_same_in_every_layout():
     sample = whole.sample(4000, 3, 8)
     part = LogisticNoise(whole.key, first_head=6).sample(4000, 3, 2)
     assert torch.equal(part, sample[:, :, 6:])
+    assert torch.equal(LogisticNoise(whole.key, scale=0.25).sample(4000, 3, 8), 0.25 * sample)
     other = LogisticNoise(whole.key, stream=1).sample(4000, 3, 8)
     assert abs(torch.corrcoef(torch.stack([sample.flatten(), other.flatten()]))[0, 1]) < 0.02
     assert abs(sample.mean()) < 0.03 and abs(sample.var() - math.pi**2 / 3) < 0.08
@@ -215,7 +216,7 @@ def test_the_extension_is_built_where_nvcc_is():
             assert (x.shape, x.dtype, x.device) == (like.shape, like.dtype, like.device)
             assert x.is_contiguous()
         output, alpha, *_ = torch.ops.megatron_dmc.attention(
-            query, key, key, None, None, None, None, 0, 0, None, 0, *settings, "flash"
+            query, key, key, None, None, None, None, 0, 0, 1.0, None, 0, *settings, "flash"
         )
         assert (output.shape, output.dtype, alpha.shape) == (query.shape, query.dtype, scalars.shape)
 
@@ -254,7 +255,7 @@ def test_fused_attention_equals_the_reference(
     if soft is not None and noisy == "tensor":
         noise = torch.logit(torch.rand(tokens, sequences, kv_heads, device="cuda"), eps=1e-6)
     elif soft is not None and noisy == "key":
-        noise = LogisticNoise.draw(torch.device("cuda"), stream=3, first_head=5)
+        noise = LogisticNoise.draw(torch.device("cuda"), stream=3, first_head=5, scale=0.3)
     kernel = "dense" if dtype == torch.float32 else "auto"
     compare(
         qkv, rotary, kernel, window=window, temperature=soft, noise=noise, interleaved=interleaved, scale=scale

@@ -13,7 +13,7 @@ from test_layouts_on_gpus import RETROFIT, SHAPE
 from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError
 
 pytestmark = pytest.mark.usefixtures("megatron")
-DMC = DMCConfig(dmc_stage="finetune", dmc_cr=4.0, dmc_init_val=0.1, dmc_temp=0.5, **AS_PUBLISHED)
+DMC = DMCConfig(dmc_stage="finetune", dmc_cr=4.0, **AS_PUBLISHED | dict(dmc_init_val=0.1, dmc_temp=0.5))
 PATTERN = "*-*-"
 
 

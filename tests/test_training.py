@@ -29,19 +29,21 @@ from runs import (
 )
 
 from megatron_dmc.compression import GAIN
-from megatron_dmc.config import AS_PUBLISHED, STAGES, DMCError, add_flags
+from megatron_dmc.config import AS_PUBLISHED, STAGES, DMCConfig, DMCError, add_flags
 from megatron_dmc.resume import damage, superseded
 
 pytestmark = pytest.mark.usefixtures("megatron")
+
+MOVE = GAIN * DMCConfig().dmc_noise_scale
 
 
 def test_stages_follow_one_another(base, tmp_path):
     """Zero-out leaves zeroed rows; retrofit follows the schedule; finetune holds the target."""
     short = ["--train-iters", 4, "--save-interval", 4]
     zero_out = [*short, "--dmc-stage", "zero-out", "--load", base, "--finetune", "--save"]
-    run = train(*zero_out, tmp_path / "published")
+    run = train(*zero_out, tmp_path / "published", "--dmc-no-zero-decisions")
     assert run.steps[4]["last channel"] == pytest.approx(1 - 3 / 4 / 0.8, abs=1e-6)
-    train(*zero_out, tmp_path / "zero", "--dmc-zero-decisions")
+    train(*zero_out, tmp_path / "zero")
     heads = range(2)  # KV heads of (2 queries, key, value) of 8
     queries, keys = [g * 32 + h * 8 + 7 for g in heads for h in range(2)], [g * 32 + 23 for g in heads]
     for when, zeros in ((base, []), (tmp_path / "zero", queries + keys), (tmp_path / "published", queries)):
@@ -54,7 +56,7 @@ def test_stages_follow_one_another(base, tmp_path):
                 assert (layer == 0).sum() == len(zeros) * layer.shape[1]
 
     run = train(
-        *short, *["--dmc-stage", "retrofit", "--dmc-cr", "4"], *UNDECIDED, "--load", tmp_path / "published",
+        *short, *["--dmc-stage", "retrofit", "--dmc-cr", "4"], *UNDECIDED, "--load", tmp_path / "zero",
         "--finetune", "--save", tmp_path / "retrofit", "--tensorboard-dir", tmp_path / "tensorboard",
         "--tensorboard-log-interval", 1,
     )  # fmt: skip
@@ -81,10 +83,21 @@ def test_stages_follow_one_another(base, tmp_path):
     assert set(run.values("target compression ratio")) == {4.0}
 
 
-def test_retrofit_warns_of_a_model_that_skipped_zero_out(base):
-    command = ["-m", "megatron_dmc", "train", *MODEL, "--train-iters", 1, "--dmc-stage", "retrofit", "--load", base]
-    run = python("-W", "default", *command, "--finetune", PYTHONWARNINGS="default")
-    assert run.code == 0 and "run the stage zero-out first" in run.output
+def test_retrofit_warns_of_a_model_that_skipped_zero_out(base, tmp_path):
+    warnings = ["run the stage zero-out first", "stage zero-out with dmc_zero_decisions"]
+
+    def found(begin, *flags):
+        command = ["-m", "megatron_dmc", "train", *MODEL, "--train-iters", 1, "--dmc-stage", "retrofit", "--finetune"]
+        run = python("-W", "default", *command, "--load", begin, *flags, PYTHONWARNINGS="default")
+        assert run.code == 0
+        return [text for text in warnings if text in run.output]
+
+    assert found(base) == warnings[:1]
+    zero_out = ["--dmc-stage", "zero-out", "--train-iters", 1, "--save-interval", 1, "--load", base, "--finetune"]
+    train(*zero_out, "--save", tmp_path / "published", "--dmc-no-zero-decisions")
+    train(*zero_out, "--save", tmp_path / "zero")
+    assert found(tmp_path / "published") == warnings[1:]
+    assert found(tmp_path / "published", "--dmc-no-zero-decisions") == found(tmp_path / "zero") == []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +141,7 @@ def test_offset_of_the_finetune_stage(base, tmp_path):
         "--dmc-stage", "finetune", *flags, "--train-iters", 1, "--load", base, "--save", first, "--save-interval", 1
     )
     found = saved_arguments(first).dmc_init_val
-    assert found == pytest.approx(0.1 + GAIN * (1 - 1 / run.steps[1]["compression ratio"] - 0.75), abs=1e-6)
+    assert found == pytest.approx(0.1 + MOVE * (1 - 1 / run.steps[1]["compression ratio"] - 0.75), abs=1e-6)
     assert abs(found - 0.1) > 0.01
     for more in ([], STAGE[-2:]):
         run = train(
@@ -136,7 +149,7 @@ def test_offset_of_the_finetune_stage(base, tmp_path):
             "--save-interval", 1,
         )  # fmt: skip
         assert f"> DMC's offset is the checkpoint's, {found}, not 0.1" in run.output
-        moved = GAIN * (1 - 1 / run.steps[1]["compression ratio"] - 0.75)
+        moved = MOVE * (1 - 1 / run.steps[1]["compression ratio"] - 0.75)
         assert saved_arguments(second).dmc_init_val == pytest.approx(found + (0 if more else moved), abs=1e-6)
         shutil.rmtree(second)
 
@@ -225,7 +238,6 @@ def test_what_a_checkpoint_brings_holds_before_training_begins(monkeypatch):
 
     from megatron_dmc import megatron_hooks
     from megatron_dmc.compression import Compression
-    from megatron_dmc.config import DMCConfig
 
     args = SimpleNamespace(dmc_init_val=4.2, dmc_merge_rate=0.7, iteration=5, train_iters=8, save=None)
     monkeypatch.setattr(global_vars, "get_args", lambda: args)
@@ -250,7 +262,6 @@ def test_a_step_that_megatron_will_repeat_leaves_no_trace(monkeypatch):
 
     from megatron_dmc import megatron_hooks
     from megatron_dmc.compression import Compression
-    from megatron_dmc.config import DMCConfig
 
     args = SimpleNamespace(dmc_init_val=4.2, dmc_merge_rate=0.7, curr_iteration=5, train_iters=8)
     monkeypatch.setattr(global_vars, "get_args", lambda: args)
@@ -266,7 +277,7 @@ def test_a_step_that_megatron_will_repeat_leaves_no_trace(monkeypatch):
 
     for exits in (True, False):
         megatron_hooks._train_step(lambda *_, exits=exits, **__: step(exits), None, None, model, None)
-        expected = (4.2, 0.7) if exits else (4.2 + GAIN * (0.1 - 0.75), 0.1)
+        expected = (4.2, 0.7) if exits else (4.2 + MOVE * (0.1 - 0.75), 0.1)
         assert (compression.offset, float(compression.merge_rate)) == pytest.approx(expected)
 
 

@@ -228,7 +228,7 @@ class _Fused(torch.autograd.Function):
         *rows, diagonal, alpha, weight = fused._kernels.prepare(
             fused.readable(query), key, value, cos, sin, None if drawn is noise else noise, drawn.key, drawn.stream,
             drawn.first_head, window, offset, temperature, interleaved, scale, channel,
-            one * chunk - window, (other - one) * chunk, query.shape[1] // 2,
+            one * chunk - window, (other - one) * chunk, query.shape[1] // 2, drawn.scale,
         )  # fmt: skip
         query, own_key, own_value = (x[own] for x in rows)
         diagonal = diagonal[:, :, own].contiguous()

@@ -91,7 +91,8 @@ def dmc_attention(
     drawn = noise if isinstance(noise, LogisticNoise) else LogisticNoise(None)
     output, alpha, *_ = torch.ops.megatron_dmc.attention(
         query, key, value, cos, sin, None if tensor_noise is None else tensor_noise.float().contiguous(), drawn.key,
-        drawn.stream, drawn.first_head, borders, longest, window, offset, temperature, interleaved, scale, kernel,
+        drawn.stream, drawn.first_head, drawn.scale, borders, longest, window, offset, temperature, interleaved, scale,
+        kernel,
     )  # fmt: skip
     return output, alpha
 
@@ -413,6 +414,7 @@ def _forward(
     noise_key: Tensor | None,
     noise_stream: int,
     noise_first_head: int,
+    noise_scale: float,
     borders: Tensor | None,
     longest: int,
     window: int,
@@ -427,7 +429,7 @@ def _forward(
     channel = query_channel(query.dtype, scale)
     query, key, value, diagonal, alpha, weight = _kernels.prepare(
         readable(query), readable(key), readable(value), cos, sin, noise, noise_key, noise_stream, noise_first_head,
-        window, offset, temperature, interleaved, scale, channel,
+        window, offset, temperature, interleaved, scale, channel, noise_scale=noise_scale,
     )  # fmt: skip
     output, lse = _merged_attention(query, key, value, diagonal, borders, longest, scale, scale * channel, kernel)
     return output, alpha, query, key, value, lse, diagonal, weight
@@ -499,7 +501,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, grad_output, grad_alpha, *_):
     grads = torch.ops.megatron_dmc.attention_backward(grad_output, grad_alpha, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *[None] * 14
+    return *grads, *[None] * 15
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

@@ -14,22 +14,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LogisticNoise:
-    """Standard logistic noise, the difference of two standard Gumbel variables.
+    """Logistic noise: of scale 1 the difference of two standard Gumbel variables.
 
     Attributes:
         key: int64 `[1]`.
         stream: separates draws that share a key, for instance the data-parallel ranks.
         first_head: index of the first KV head among those of all tensor-parallel ranks.
+        scale: a factor.
     """
 
     key: Tensor
     stream: int = 0
     first_head: int = 0
+    scale: float = 1.0
 
     @classmethod
-    def draw(cls, device: torch.device, stream: int = 0, first_head: int = 0) -> LogisticNoise:
+    def draw(cls, device: torch.device, stream: int = 0, first_head: int = 0, scale: float = 1.0) -> LogisticNoise:
         """With a key from the default generator of `device`."""
-        return cls(torch.randint(2**63 - 1, (1,), device=device), stream, first_head)
+        return cls(torch.randint(2**63 - 1, (1,), device=device), stream, first_head, scale)
 
     def sample(self, tokens: int, sequences: int, kv_heads: int) -> Tensor:
         """The noise itself, float32 `[tokens, sequences, kv_heads]`, from 23 random bits each."""
@@ -37,7 +39,7 @@ class LogisticNoise:
         token, sequence, head = torch.meshgrid(*count, indexing="ij")
         words = _philox(self.key, (token, sequence, head + self.first_head, torch.full_like(token, self.stream)))
         uniform = ((words >> 9).float() + 0.5) * 2.0**-23  # in (0, 1), and 1 - uniform is exact
-        return torch.log(uniform) - torch.log(1 - uniform)
+        return self.scale * (torch.log(uniform) - torch.log(1 - uniform))
 
 
 _WORD = 0xFFFFFFFF
