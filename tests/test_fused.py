@@ -513,13 +513,13 @@ def test_opcheck():
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         kernel = "dense" if dtype == torch.float32 else "flash"
         opcheck(
-            ops.attention, (q, k, v, cos, sin, None, None, 0, 0, None, 0, 12, 5.0, 0.3, False, 0.125, kernel),
+            ops.attention, (q, k, v, cos, sin, None, None, 0, 0, 1.0, None, 0, 12, 5.0, 0.3, False, 0.125, kernel),
             atol=2e-2, rtol=2e-2,
         )  # fmt: skip
         documents = some_documents(40, 2)
         packing = documents.borders, documents.longest
         opcheck(
-            ops.attention, (q, k, v, cos, sin, None, None, 0, 0, *packing, 12, 5.0, 0.3, False, 0.125, kernel),
+            ops.attention, (q, k, v, cos, sin, None, None, 0, 0, 1.0, *packing, 12, 5.0, 0.3, False, 0.125, kernel),
             atol=2e-2, rtol=2e-2,
         )  # fmt: skip
 
