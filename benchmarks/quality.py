@@ -17,8 +17,8 @@ Parts, in this order:
 - `peers`: methods without training, on the control and on the base, by kvpress, in as many bytes as DMC's caches take
   on the same text: of held-out contexts, and of the recall test's.
 - `reports`: what the models at 4x have learned, by `megatron-dmc report`.
-- `ablations`: DMC at 4x with one thing changed each (`CHANGES`); other tokens and learning rates against a control that
-  has them, too. They reach ratios of their own, which the results say.
+- `ablations`: DMC at 4x, some at 8x, with one thing changed each (`CHANGES`); other tokens and learning rates against a
+  control that has them, too. They reach ratios of their own, which the results say.
 
 `ratio` in the results is the base's cache in bytes over a method's, with all that it keeps: for DMC also what it holds
 of open segments, which counts in contexts as short as these. `cost_at` is what each trained method costs at exactly 2x,
@@ -145,6 +145,7 @@ CHANGES = {
     "a-quarter-of-the-tokens": Change(tokens=0.25),
     "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 10, "finetune": 15}),
     "window-24": Change(("--dmc-window-size", "24")),
+    "no-window": Change(("--dmc-window-size", "0")),
     "half-the-lr": Change(lr=0.5),
     "temperature-0.05": Change(decisions(1 / 2, 0.1)),
     "temperature-0.5": Change(decisions(1 / 2, 1)),
@@ -189,11 +190,13 @@ METHODS = (
 REPORTED = tuple(method for method in METHODS if method.name in ("dmc-4x", "distilled-4x"))
 CONTROLLED = ("twice-the-lr", "half-the-lr", "twice-the-tokens", "a-quarter-of-the-tokens")
 """Changes that a control can have, too."""
+AT_8X = ("published-decisions", "longer-finetune", "window-24", "no-window")
+"""Changes that are tried at 8x, too."""
 ABLATIONS = tuple(
-    method
+    Method(kind, ratio, changed=name)
     for name in CHANGES
-    for method in (Method("control", 1, changed=name), Method("dmc", 4, changed=name))
-    if method.kind == "dmc" or name in CONTROLLED
+    for kind, ratio in (("control", 1), ("dmc", 4), ("dmc", 8))
+    if (kind, ratio) == ("dmc", 4) or name in (CONTROLLED if kind == "control" else AT_8X)
 )
 NAMES = tuple(method.name for method in METHODS + ABLATIONS)
 

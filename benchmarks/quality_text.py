@@ -76,10 +76,13 @@ def write(folder: Path, limit: int | None = None, seed: int = 0) -> dict:
 
 
 def recall_text(rng: random.Random) -> str:
-    """Statements amid filler, then a question for each in another order, with its answer."""
+    """Statements amid filler, then a question for each in another order, with its answer.
+
+    The longest are longer than a context, so that questions reach as far back as those of the test.
+    """
     names = rng.sample([f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS], rng.randint(1, 16))
     values = {name: rng.randrange(1_000_000, 10_000_000) for name in names}
-    sentences = [rng.choice(FILLER) for _ in range(rng.randint(4, 80))]
+    sentences = [rng.choice(FILLER) for _ in range(rng.randint(4, 120))]
     for name, value in values.items():
         sentences.insert(rng.randint(0, len(sentences)), STATEMENT.format(key=name, value=value))
     rng.shuffle(names)

@@ -268,7 +268,7 @@ def test_parts_that_lack_something_are_not_done(tmp_path):
     assert [command[3] for command in called] == ["report", "report"]
     for method in (*quality.METHODS, *quality.ABLATIONS):
         assert [n > 1 for _, n, _ in quality.stages(work, method)] == 3 * [True]
-    assert len(set(quality.NAMES)) == 13 + 23
+    assert len(set(quality.NAMES)) == 13 + 24 + 4
 
 
 def test_results_are_written_as_they_come(tmp_path):
