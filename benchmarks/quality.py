@@ -17,8 +17,8 @@ Parts, in this order:
 - `peers`: methods without training, on the control and on the base, by kvpress, in as many bytes as DMC's caches take
   on the same text: of held-out contexts, and of the recall test's.
 - `reports`: what the models at 4x have learned, by `megatron-dmc report`.
-- `ablations`: DMC at 4x, some at 8x, with one thing changed each (`CHANGES`); other tokens and learning rates against a
-  control that has them, too. They reach ratios of their own, which the results say.
+- `ablations`: DMC at 4x, some at 8x, with one thing changed each (`CHANGES`); other tokens, learning rates and stages
+  against a control that has them, too. They reach ratios of their own, which the results say.
 
 `ratio` in the results is the base's cache in bytes over a method's, with all that it keeps: for DMC also what it holds
 of open segments, which counts in contexts as short as these. `cost_at` is what each trained method costs at exactly 2x,
@@ -188,8 +188,8 @@ METHODS = (
 )  # fmt: skip
 """In the order in which they begin, unless --only has another."""
 REPORTED = tuple(method for method in METHODS if method.name in ("dmc-4x", "distilled-4x"))
-CONTROLLED = ("twice-the-lr", "half-the-lr", "twice-the-tokens", "a-quarter-of-the-tokens")
-"""Changes that a control can have, too."""
+CONTROLLED = tuple(name for name, change in CHANGES.items() if replace(change, flags=()) != Change())
+"""Changes of learning rates, tokens or stages: what has one is compared with a control that has it, too."""
 AT_8X = ("published-decisions", "longer-finetune", "window-24", "no-window")
 """Changes that are tried at 8x, too."""
 ABLATIONS = tuple(
@@ -577,8 +577,8 @@ def training_curves(work: Work) -> dict[str, list]:
     """
     curves = {}
     for method in METHODS + ABLATIONS:
-        if method.kind == "control" or method.divisor > 1 or method.change.stages != STAGES:
-            continue  # no control's stages are as long
+        if method.kind == "control" or method.divisor > 1:  # of fewer tokens there is no control
+            continue
         changed = method.changed if method.changed in CONTROLLED else ""
         control = replace(method, kind="control", ratio=1, changed=changed)
         rows = []

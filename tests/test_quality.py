@@ -219,7 +219,7 @@ def test_curves_are_compared_by_stage_and_batch(tmp_path):
     write("gqa-2x", "retrofit", [(i, 1.9) for i in steps[:3]])
     write("dmc-4x-half-the-lr", "retrofit", [(i, 1.9) for i in steps])  # its control has not run
     write("dmc-4x-window-4", "retrofit", [(i, 2.1) for i in steps[:1]])
-    write("dmc-4x-longer-finetune", "retrofit", [(i, 2.1) for i in steps])  # its stages are others
+    write("dmc-4x-longer-finetune", "retrofit", [(i, 2.1) for i in steps])  # nor has this one's
     curves = training_curves(SimpleNamespace(folder=tmp_path))
     assert curves.keys() == {"dmc-4x", "gqa-2x", "dmc-4x-window-4"}
     assert curves["dmc-4x"] == [
@@ -268,7 +268,7 @@ def test_parts_that_lack_something_are_not_done(tmp_path):
     assert [command[3] for command in called] == ["report", "report"]
     for method in (*quality.METHODS, *quality.ABLATIONS):
         assert [n > 1 for _, n, _ in quality.stages(work, method)] == 3 * [True]
-    assert len(set(quality.NAMES)) == 13 + 24 + 4
+    assert len(set(quality.NAMES)) == 13 + 20 + 4 + 7
 
 
 def test_results_are_written_as_they_come(tmp_path):
