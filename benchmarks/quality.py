@@ -413,12 +413,13 @@ def pool(source: Path, target: Path, ratio: int) -> None:
 
 
 def runs(work: Work) -> None:
-    """As many methods at once as there are slots."""
+    """As many methods at once as there are slots; of `--only` ablations, too, so that no slot waits for a part."""
     if not (work.folder / "models/base/config.json").exists():
         export(work, work.folder / "base", "base")
     base_alone = [dict(name="base", model="base", press=None, budgets=None)]
     tasks = [lambda slot: measured(work, base_alone, "base", slot)]
-    parallel(work, tasks + [lambda slot, method=method: run(work, method, slot) for method in work.wanted(METHODS)])
+    methods = work.wanted(METHODS + ABLATIONS if work.options.only else METHODS)
+    parallel(work, tasks + [lambda slot, method=method: run(work, method, slot) for method in methods])
 
 
 def ablations(work: Work) -> None:
@@ -707,7 +708,8 @@ def main() -> int:
         nargs="+",
         metavar="METHOD",
         choices=NAMES,
-        help=f"of runs and ablations, begun in the order given; peers then only as a part named. {', '.join(NAMES)}",
+        help="of runs and ablations, begun in the order given as one part; peers then only as a part named. "
+        + ", ".join(NAMES),
     )
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=7e-4, help="of the runs from the base")
