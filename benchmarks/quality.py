@@ -147,8 +147,8 @@ CHANGES = {
     "window-24": Change(("--dmc-window-size", "24")),
     "no-window": Change(("--dmc-window-size", "0")),
     "half-the-lr": Change(lr=0.5),
-    "temperature-0.05": Change(decisions(1 / 2, 0.1)),
-    "temperature-0.5": Change(decisions(1 / 2, 1)),
+    "temperature-0.05": Change(("--dmc-temp", "0.05")),
+    "temperature-0.5": Change(("--dmc-temp", "0.5")),
     "window-4": Change(("--dmc-window-size", "4")),
     "shorter-finetune": Change(stages={"zero-out": 2, "retrofit": 20, "finetune": 5}),
     "longest-finetune": Change(stages={"zero-out": 2, "retrofit": 6, "finetune": 19}),
@@ -578,7 +578,7 @@ def training_curves(work: Work) -> dict[str, list]:
     """
     curves = {}
     for method in METHODS + ABLATIONS:
-        if method.kind == "control" or method.divisor > 1:  # of fewer tokens there is no control
+        if method.kind == "control" or method.divisor > 1:  # its tokens are fewer than a control's
             continue
         changed = method.changed if method.changed in CONTROLLED else ""
         control = replace(method, kind="control", ratio=1, changed=changed)

@@ -82,7 +82,7 @@ def recall_text(rng: random.Random) -> str:
     """
     names = rng.sample([f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS], rng.randint(1, 16))
     values = {name: rng.randrange(1_000_000, 10_000_000) for name in names}
-    sentences = [rng.choice(FILLER) for _ in range(rng.randint(4, 120))]
+    sentences = [rng.choice(FILLER) for _ in range(rng.randint(4, 160))]
     for name, value in values.items():
         sentences.insert(rng.randint(0, len(sentences)), STATEMENT.format(key=name, value=value))
     rng.shuffle(names)

@@ -423,10 +423,15 @@ def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
             f"{args.dmc_stage}: add --finetune to begin the stage from its weights"
         )
     saved, ours = (DMCConfig.from_args(x) for x in (checkpoint_args, args))
-    of_stage = {"retrofit": ["dmc_moving_offset", "dmc_hard_steps"], "finetune": ["dmc_hard_finetune"]}
-    if ours.dmc_stage == "finetune" and ours.soft:
-        of_stage["finetune"].append("dmc_moving_offset")
-    for name in ("dmc_window_size", *of_stage.get(args.dmc_stage, [])):
+    of_stage = {"zero-out": "dmc_zero_decisions", "retrofit": "dmc_hard_steps", "finetune": "dmc_hard_finetune"}
+    names = ["dmc_window_size"]
+    if ours.merges and ours.soft:
+        names += ["dmc_moving_offset", "dmc_temp"]
+    if ours.dmc_stage is not None:
+        names.append(of_stage[ours.dmc_stage])
+    if ours.merges:
+        names.append("dmc_noise_scale")  # the offset moves by it
+    for name in names:
         if getattr(saved, name) != getattr(ours, name):
             raise DMCError(f"the checkpoint was trained with {name} {getattr(saved, name)}; got {getattr(ours, name)}")
     for name in (MERGE_RATE, MULTIPLIER):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from runs import ROOT, environment
 from benchmarks import quality_measure
 from benchmarks.quality import pool
 from benchmarks.quality_text import recall_text
+from megatron_dmc.config import AS_PUBLISHED, add_flags
 
 
 @pytest.fixture
@@ -269,6 +271,8 @@ def test_parts_that_lack_something_are_not_done(tmp_path):
     for method in (*quality.METHODS, *quality.ABLATIONS):
         assert [n > 1 for _, n, _ in quality.stages(work, method)] == 3 * [True]
     assert len(set(quality.NAMES)) == 13 + 20 + 4 + 7
+    published = add_flags(ArgumentParser()).parse_args(quality.CHANGES["as-published"].flags)
+    assert vars(published).items() >= AS_PUBLISHED.items()
 
 
 def test_results_are_written_as_they_come(tmp_path):

@@ -213,7 +213,9 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
 
     from megatron_dmc.megatron_hooks import _check_checkpoint_args
 
-    finetune, retrofit = (vars(add_flags(ArgumentParser()).parse_args(["--dmc-stage", x])) for x in STAGES[:0:-1])
+    finetune, retrofit, zero_out = (
+        vars(add_flags(ArgumentParser()).parse_args(["--dmc-stage", x])) for x in STAGES[::-1]
+    )
     soft = finetune | dict(dmc_hard_finetune=False)
     for ours, saved, message in (
         (finetune, dict(dmc_window_size=8), "dmc_window_size 8; got 12"),
@@ -222,13 +224,20 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
         (soft, AS_PUBLISHED, "dmc_moving_offset False; got True"),
         (retrofit, AS_PUBLISHED, "dmc_moving_offset False; got True"),
         (retrofit, dict(dmc_hard_steps=0.25), "dmc_hard_steps 0.25; got 0.5"),
+        (retrofit, dict(dmc_temp=0.1), "dmc_temp 0.1; got 0.15"),
+        (retrofit, dict(dmc_noise_scale=1.0), "dmc_noise_scale 1.0; got 0.5"),
+        (finetune, dict(dmc_noise_scale=1.0), "dmc_noise_scale 1.0; got 0.5"),
+        (zero_out, dict(dmc_zero_decisions=False), "dmc_zero_decisions False; got True"),
     ):
         monkeypatch.setattr(global_vars, "get_args", lambda ours=ours: SimpleNamespace(**ours))
         with pytest.raises(DMCError, match=f"the checkpoint was trained with {message}"):
             _check_checkpoint_args(lambda *_: None, SimpleNamespace(**ours | saved))
-    other = finetune | dict(dmc_moving_offset=False, dmc_hard_steps=0.25)  # neither is of this stage
-    monkeypatch.setattr(global_vars, "get_args", lambda: SimpleNamespace(**finetune))
-    _check_checkpoint_args(lambda *_: None, SimpleNamespace(**other))
+    for ours, others in (
+        (finetune, dict(dmc_moving_offset=False, dmc_hard_steps=0.25, dmc_temp=0.1, dmc_zero_decisions=False)),
+        (zero_out, dict(AS_PUBLISHED, dmc_zero_decisions=True)),
+    ):  # none is of this stage
+        monkeypatch.setattr(global_vars, "get_args", lambda ours=ours: SimpleNamespace(**ours))
+        _check_checkpoint_args(lambda *_: None, SimpleNamespace(**ours | others))
 
 
 def test_what_a_checkpoint_brings_holds_before_training_begins(monkeypatch):
