@@ -125,6 +125,12 @@ class Streaming:
 class ServingEngine(Streaming, DMCInferenceEngine):
     """DMC's engine behind a coordinator."""
 
+    def schedule_requests(self) -> int:
+        received = super().schedule_requests()
+        if not self.has_unfinished_requests():  # no step follows, with which Megatron forgets what it refused
+            self.forget_failed()
+        return received
+
     def numbers(self) -> dict[str, float]:
         """Besides, tokens and entries of all requests so far, and the cache's pages (of this rank's heads)."""
         context, account = self.context, self.context.account

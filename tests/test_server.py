@@ -783,6 +783,7 @@ def test_streams_of_requests_that_give_way(megatron, fresh_seed, restless):  # n
         backend = EngineBackend(EngineAddress.of(llm))
         try:
             assert await asyncio.gather(*map(from_python, prompts)) == free
+            await asyncio.to_thread(until, lambda: not llm.engine.requests)  # what is refused next finds it idle
             with pytest.raises(DMCError, match="leave no room for an answer"):
                 await anext(llm.stream([1] * 60))
             await asyncio.to_thread(until, lambda: not llm.engine.requests)
