@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class DMCConfig:
-    """How a model compresses its cache and how it learns to (names as NVIDIA published them; defaults, too, but for
-    `AS_PUBLISHED`).
+    """How a model compresses its cache and how it learns to. Names and defaults are NVIDIA's, where it published such a
+    setting, but for the defaults that `AS_PUBLISHED` has.
 
     The same names serve as flags (`--dmc-window-size`), as keys of the YAML file and as attributes of the arguments
     that Megatron saves with a checkpoint.
@@ -114,6 +114,18 @@ class DMCConfig:
     def soft(self) -> bool:
         """Whether this stage teaches decisions, which takes soft ones; hard ones have no gradient."""
         return self.hard_share < 1
+
+    def flags(self, names: Iterable[str]) -> str:
+        """The flags that set these settings: `with --dmc-temp 0.1, without --dmc-no-noise`."""
+        given, left_out = [], []
+        for name in names:
+            value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                (left_out if value else given).append(flag.replace("--dmc-", "--dmc-no-"))
+            else:
+                given.append(f"{flag} {value}")
+        words = (("with", given), ("without", left_out))
+        return ", ".join(f"{word} {' '.join(flags)}" for word, flags in words if flags)
 
     @classmethod
     def from_args(cls, args: Any) -> DMCConfig:

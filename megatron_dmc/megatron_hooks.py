@@ -3,7 +3,7 @@
 The loop has no callback for a step's begin and end, so `install` wraps functions of `megatron.training`:
 
 - `train_step`: the schedule before a step; after it the offset for the next, the log line, and at the end of the stage
-  `zero-out` the zeroed query rows. Every rank comes here once per step, whatever layers it holds.
+  `zero-out` the zeroed rows. Every rank comes here once per step, whatever layers it holds.
 - `finalize_model_grads`, between the last backward pass and the optimizer: the reduction of what layers have counted.
   (Reducing inside a layer would deadlock a pipeline: its first stage would wait for a stage that waits for its
   activations.) A script that brings its own `finalize_model_grads_func` has it after the optimizer's step.
@@ -402,6 +402,7 @@ def _load_base_checkpoint(original, *positional, **named):
         if saved.dmc_init_val != args.dmc_init_val:
             print_rank_0(f"> DMC's offset is the checkpoint's, {saved.dmc_init_val}, not {args.dmc_init_val}")
             args.dmc_init_val = saved.dmc_init_val
+        _warn_of_another_unit(DMCConfig.from_args(saved), ours)
     elif not ours.soft:
         warnings.warn(
             "the stage finetune teaches no decisions, and the checkpoint that it begins from has learned none: run the "
@@ -409,6 +410,16 @@ def _load_base_checkpoint(original, *positional, **named):
             stacklevel=2,
         )
     return found
+
+
+def _warn_of_another_unit(saved: DMCConfig, ours: DMCConfig) -> None:
+    """The noise's scale is the unit of decisions, by which the offset moves: a model learns for one."""
+    names = ["dmc_noise_scale", "dmc_temp"] if ours.soft else ["dmc_noise_scale"]
+    if differ := [name for name in names if getattr(saved, name) != getattr(ours, name)]:
+        warnings.warn(
+            f"the decisions of the checkpoint were learned {saved.flags(differ)}, this run is {ours.flags(differ)}",
+            stacklevel=3,
+        )
 
 
 def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
@@ -431,9 +442,10 @@ def _check_checkpoint_args(original, checkpoint_args, *rest, **kwargs):
         names.append(of_stage[ours.dmc_stage])
     if ours.merges:
         names.append("dmc_noise_scale")  # the offset moves by it
-    for name in names:
-        if getattr(saved, name) != getattr(ours, name):
-            raise DMCError(f"the checkpoint was trained with {name} {getattr(saved, name)}; got {getattr(ours, name)}")
+    if differ := [name for name in names if getattr(saved, name) != getattr(ours, name)]:
+        theirs = ", ".join(f"{name} {getattr(saved, name)}" for name in differ)
+        got = ", ".join(str(getattr(ours, name)) for name in differ)
+        raise DMCError(f"the checkpoint was trained with {theirs}; got {got}: go on {saved.flags(differ)}")
     for name in (MERGE_RATE, MULTIPLIER):
         setattr(args, name, getattr(checkpoint_args, name, 0.0))
     return original(checkpoint_args, *rest, **kwargs)

@@ -25,7 +25,7 @@ MODEL = """
     --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     """.split()
 WITHOUT_DATA = [flag for flag in MODEL if flag != "--mock-data"]
-# Decisions that hang around their threshold, so that a step merges and appends: 5 and 0.1 would do neither here.
+# Decisions that hang around their threshold, so that a step merges and appends: the defaults would do neither here.
 UNDECIDED = ["--dmc-init-val", "0.1", "--dmc-temp", "0.5"]
 # Runs to compare with others, of a few steps of plain gradient descent.
 STEPS = 3

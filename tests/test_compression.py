@@ -99,16 +99,18 @@ def test_the_offset_holds_the_ratio(fresh_seed, settings, begin, scale):
     assert report.ratio == pytest.approx(4, rel=0.01)
 
 
-def test_the_offset_has_an_end_where_the_ratio_has_none():
-    compression = Compression(stage("finetune", dmc_cr=4.0, dmc_hard_finetune=True), 1, 1)
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_offset_has_an_end_where_the_ratio_has_none(scale):
+    settings = dict(dmc_hard_finetune=True, dmc_init_val=5 * scale, dmc_noise_scale=scale)
+    compression = Compression(stage("finetune", dmc_cr=4.0, **settings), 1, 1)
     for i in range(40):
         compression.begin_step(i, 40)
         step(compression, [torch.zeros(8, 1, 1)])
         compression.end_step()
-    assert compression.offset == 5.0 - REACH
+    assert compression.offset == scale * (5.0 - REACH)
     compression.begin_step(40, 41)
     compression.end_step()  # of no layer
-    assert compression.offset == 5.0 - REACH
+    assert compression.offset == scale * (5.0 - REACH)
 
 
 def test_an_offset_from_beyond_its_reach_does_not_jump():

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import warnings
 from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -220,15 +221,20 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
     for ours, saved, message in (
         (finetune, dict(dmc_window_size=8), "dmc_window_size 8; got 12"),
         (finetune, dict(dmc_hard_finetune=False), "dmc_hard_finetune False; got True"),
-        (finetune, AS_PUBLISHED, "dmc_hard_finetune False; got True"),
-        (soft, AS_PUBLISHED, "dmc_moving_offset False; got True"),
-        (retrofit, AS_PUBLISHED, "dmc_moving_offset False; got True"),
+        (finetune, AS_PUBLISHED, "dmc_hard_finetune False, dmc_noise_scale 1.0; got True, 0.5: go on with "
+                                 "--dmc-no-hard-finetune --dmc-noise-scale 1.0$"),
+        (soft, AS_PUBLISHED, "dmc_moving_offset False, dmc_temp 0.1, dmc_noise_scale 1.0; got True, 0.15, 0.5"),
+        (retrofit, AS_PUBLISHED, "dmc_moving_offset False, dmc_temp 0.1, dmc_hard_steps 0.0, dmc_noise_scale 1.0; "
+                                 "got True, 0.15, 0.5, 0.5"),
+        (retrofit | dict(dmc_moving_offset=False), dict(dmc_moving_offset=True, dmc_temp=0.1),
+         "dmc_moving_offset True, dmc_temp 0.1; got False, 0.15: go on with --dmc-temp 0.1, without "
+         "--dmc-no-moving-offset$"),
         (retrofit, dict(dmc_hard_steps=0.25), "dmc_hard_steps 0.25; got 0.5"),
         (retrofit, dict(dmc_temp=0.1), "dmc_temp 0.1; got 0.15"),
         (retrofit, dict(dmc_noise_scale=1.0), "dmc_noise_scale 1.0; got 0.5"),
         (finetune, dict(dmc_noise_scale=1.0), "dmc_noise_scale 1.0; got 0.5"),
         (zero_out, dict(dmc_zero_decisions=False), "dmc_zero_decisions False; got True"),
-    ):
+    ):  # fmt: skip
         monkeypatch.setattr(global_vars, "get_args", lambda ours=ours: SimpleNamespace(**ours))
         with pytest.raises(DMCError, match=f"the checkpoint was trained with {message}"):
             _check_checkpoint_args(lambda *_: None, SimpleNamespace(**ours | saved))
@@ -238,6 +244,35 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
     ):  # none is of this stage
         monkeypatch.setattr(global_vars, "get_args", lambda ours=ours: SimpleNamespace(**ours))
         _check_checkpoint_args(lambda *_: None, SimpleNamespace(**ours | others))
+
+
+def test_a_stage_is_warned_of_another_unit_than_its_checkpoint_learned_for(monkeypatch):
+    """As an offset is taken up that was learned with it."""
+    from megatron.training import global_vars
+
+    from megatron_dmc.megatron_hooks import _load_base_checkpoint
+
+    retrofit, finetune = (
+        vars(add_flags(ArgumentParser()).parse_args(["--dmc-stage", x])) for x in ("retrofit", "finetune")
+    )
+
+    def warned(saved: dict, ours: dict) -> list[str]:
+        monkeypatch.setattr(global_vars, "get_args", lambda: SimpleNamespace(**ours))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            _load_base_checkpoint(lambda: (dict(args=SimpleNamespace(**saved)),))
+        return [str(warning.message) for warning in found if issubclass(warning.category, UserWarning)]
+
+    learned = "the decisions of the checkpoint were learned with"
+    assert warned(retrofit, finetune) == []
+    assert warned(retrofit | AS_PUBLISHED, finetune) == [
+        f"{learned} --dmc-noise-scale 1.0, this run is with --dmc-noise-scale 0.5"
+    ]
+    assert warned(retrofit | dict(dmc_temp=0.1), finetune) == []  # hard decisions have none
+    assert warned(retrofit | dict(dmc_temp=0.1), finetune | dict(dmc_hard_finetune=False)) == [
+        f"{learned} --dmc-temp 0.1, this run is with --dmc-temp 0.15"
+    ]
+    assert warned(retrofit | dict(dmc_stage="zero-out", dmc_noise_scale=1.0), retrofit) == []  # which has learned none
 
 
 def test_what_a_checkpoint_brings_holds_before_training_begins(monkeypatch):

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config  #
 # In all of them, besides the family's own settings:
 #   dmc_window_size: how many tokens back a merge reaches; 0 sets no limit.
 #   dmc_init_val: the offset c, subtracted from a token's decision and added to its importance.
-# The others record how the model was trained: dmc_stage, dmc_cr (the compression ratio it was trained towards),
+# The others record how its last stage was trained: dmc_stage, dmc_cr (the compression ratio it was trained towards),
 # dmc_temp, dmc_noise_scale, dmc_noise, dmc_zero_decisions, dmc_moving_offset, dmc_hard_steps, dmc_hard_finetune,
 # dmc_kernel.
 
