@@ -68,7 +68,7 @@ def compare(qkv, rotary, noise=None, **options):
         st.sampled_from(fused.HEAD_SIZES),
     ),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-    window=st.sampled_from([1, 2, 12, 17, 18, 40]),
+    window=st.sampled_from([0, 1, 2, 12, 17, 18, 40]),
     turning=st.sampled_from(["all", "half", "odd", "none"]),
     interleaved=st.booleans(),
     by_sequence=st.booleans(),
@@ -96,6 +96,15 @@ def test_kernels_equal_the_reference(
         noise = LogisticNoise.draw(torch.device("cpu"), stream=3, first_head=5, scale=0.3)
     documents = some_documents(tokens, sequences, "cpu") if packed else None
     compare(qkv, rotary, noise, window=window, temperature=soft, interleaved=interleaved, documents=documents)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [0.3, None])
+def test_without_a_window(fresh_seed, dtype, temperature):
+    """Segments reach over many tiles, of documents as well."""
+    for documents in (None, some_documents(150, 1, "cpu")):
+        qkv = inputs(150, 1, 2, 1, 64, dtype, merging=1.2, device="cpu")
+        compare(qkv, rotary_tables(150, 64, device="cpu"), window=0, temperature=temperature, documents=documents)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

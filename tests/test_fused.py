@@ -338,7 +338,7 @@ def test_documents_of_more_keys_than_queries(fresh_seed, channels, longest):
 @pytest.mark.parametrize("window", [0, 33, 97, 500])
 @pytest.mark.parametrize("temperature", [None, 0.3])
 def test_any_window(window, temperature):
-    """33 and 97 fit some tiles; 0 and 500 merge by the reference's operations."""
+    """33 and 97 fit some tiles; 500 merges by the reference's operations, 0 tile by tile."""
     qkv = inputs(600, 2, 4, 2, 64, torch.bfloat16, merging=1.2)
     compare(qkv, rotary_tables(600, 64), "auto", window=window, temperature=temperature)
 

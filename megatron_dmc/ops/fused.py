@@ -13,7 +13,8 @@ The backward pass hands the merged output and log-sum-exp to the attention kerne
 diagonal's gradients and rotates back (*merge_diagonal_backward_*), then goes through the merge
 (*prepare_backward_*, `csrc/prepare_backward.cu`).
 
-Windows that the kernels have no room for, and none at all (`window=0`), merge by the reference's operations instead.
+Windows that the kernels have no room for merge by the reference's operations instead, and without one (`window=0`)
+keys and values merge as in `megatron_dmc.ops.unlimited`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_dmc.config import KERNELS
-from megatron_dmc.ops import reference
+from megatron_dmc.ops import reference, unlimited
 from megatron_dmc.ops.documents import Documents, separate
 from megatron_dmc.ops.noise import LogisticNoise
 from megatron_dmc.ops.reference import Rotary
@@ -529,7 +530,7 @@ def _register_fakes() -> None:
         return key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-# Any window: the reference's merge, then the same attention.
+# Any window: a merge of PyTorch operations, then the same attention.
 
 
 def _attention_any_window(
@@ -541,7 +542,10 @@ def _attention_any_window(
     def prepare(query: Tensor, key: Tensor, value: Tensor):
         alpha, keep = reference.decide(key, offset, temperature, noise)
         weight = reference.importance(query, key.shape[2], offset)
-        merged_key, merged_value = reference.merge(key, value, weight, alpha, window)
+        if 0 < window < len(key):
+            merged_key, merged_value = reference.merge(key, value, weight, alpha, window)
+        else:
+            merged_key, merged_value = unlimited.merge(key, value, weight, alpha)
         rotated = (reference.rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
         return *(x.to(query.dtype) for x in (*rotated, merged_value)), reference.key_bias(keep), alpha
 

@@ -115,12 +115,12 @@ def attend_causally(
 
 def decision_logits(key: Tensor, offset: float) -> Tensor:
     """`a_t = k_t[d-1] - c`, `[s, b, g]`: positive means "merge into the entry before"."""
-    return key[..., -1].to(_accumulator(key)) - offset
+    return key[..., -1].to(accumulator(key)) - offset
 
 
 def importance(query: Tensor, kv_heads: int, offset: float) -> Tensor:
     """`w_t = sigmoid(mean of q_t[d-1] over the group + c) + 2^-7`, `[s, b, g]`: a token's weight in a merge."""
-    last = query[..., -1].to(_accumulator(query))
+    last = query[..., -1].to(accumulator(query))
     return torch.sigmoid(last.unflatten(2, (kv_heads, -1)).mean(-1) + offset) + 2**-7
 
 
@@ -130,14 +130,14 @@ def merge(key: Tensor, value: Tensor, weight: Tensor, alpha: Tensor, window: int
     `k̄_t = Σ_j m(t, t-j) k_{t-j} / Σ_j m(t, t-j)` with `m(t, t-j) = w_{t-j} · α_{t-j+1} ⋯ α_t`, `0 <= j < window`.
     Keys and values `[s, b, g, d]`, weights and decisions `[s, b, g]`; the results are in the accumulator's dtype.
     """
-    dtype = _accumulator(key)
+    dtype = accumulator(key)
     terms = torch.cat([key.to(dtype), value.to(dtype), torch.ones_like(weight)[..., None]], -1) * weight[..., None]
-    sums = _segment_sums(terms, alpha[..., None], window or key.shape[0])
+    sums = segment_sums(terms, alpha[..., None], window or key.shape[0])
     merged_key, merged_value, total = sums.split([key.shape[-1], value.shape[-1], 1], -1)
     return merged_key / total, merged_value / total
 
 
-def _segment_sums(terms: Tensor, alpha: Tensor, window: int) -> Tensor:
+def segment_sums(terms: Tensor, alpha: Tensor, window: int) -> Tensor:
     """`S_n(t) = Σ_{j<n} (Π_{i<j} α_{t-i}) terms_{t-j}` for `n = window`, along the first dimension.
 
     In O(log n) steps by doubling: with `P_n(t) = Π_{i<n} α_{t-i}`,
@@ -146,7 +146,7 @@ def _segment_sums(terms: Tensor, alpha: Tensor, window: int) -> Tensor:
 
     def extend(first: tuple[Tensor, Tensor, int], second: tuple[Tensor, Tensor, int]) -> tuple[Tensor, Tensor, int]:
         (sum_m, product_m, m), (sum_n, product_n, n) = first, second
-        return sum_m + product_m * _delay(sum_n, m), product_m * _delay(product_n, m), m + n
+        return sum_m + product_m * delay(sum_n, m), product_m * delay(product_n, m), m + n
 
     window = min(window, terms.shape[0])
     power, result = (terms, alpha, 1), None  # S and P of length 1, 2, 4, …
@@ -159,14 +159,14 @@ def _segment_sums(terms: Tensor, alpha: Tensor, window: int) -> Tensor:
     return result[0]
 
 
-def _delay(x: Tensor, steps: int) -> Tensor:
+def delay(x: Tensor, steps: int) -> Tensor:
     """`x_{t-steps}`, zero before the sequence begins."""
     return torch.cat([torch.zeros_like(x[:steps]), x[:-steps]]) if steps < x.shape[0] else torch.zeros_like(x)
 
 
 def rotate(x: Tensor, rotary: Rotary | None, interleaved: bool = False) -> Tensor:
     """Rotary position embedding of `x` `[s, b, heads, d]`, in the accumulator's dtype."""
-    x = x.to(_accumulator(x))
+    x = x.to(accumulator(x))
     if rotary is None:
         return x
     cos, sin = (t.to(x.dtype)[:, None, None] if t.dim() == 2 else t.to(x.dtype)[:, :, None] for t in rotary)
@@ -273,7 +273,7 @@ def dmc_attention_cached(
             f"the cache holds {tuple(cache.lengths.shape)} sequences x KV heads of {cache.entries.shape[-1]} channels; "
             f"key has {(b, g)} of {key.shape[-1]}"
         )
-    alpha = (decision_logits(key, offset) > 0).to(_accumulator(key))
+    alpha = (decision_logits(key, offset) > 0).to(accumulator(key))
     if cache.tokens == 0:
         alpha[0] = 0
 
@@ -284,7 +284,7 @@ def dmc_attention_cached(
     if window:
         cache.tail = tuple(t[max(0, len(t) - (window - 1)) :] for t in run)
     else:
-        total = _segment_sums(run[2], run[3], len(run[2]))[-1:]
+        total = segment_sums(run[2], run[3], len(run[2]))[-1:]
         cache.tail = (merged_key[-1:], merged_value[-1:], total, torch.zeros_like(total))
 
     query, merged_key = (rotate_without_last(x, rotary, interleaved) for x in (query, merged_key))
@@ -352,7 +352,7 @@ def fade_last_channel(x: Tensor, rotary: Rotary | None, last_channel: float, int
     return (rotate(x * fade, rotary, interleaved) * fade).to(x.dtype)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
+def accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 

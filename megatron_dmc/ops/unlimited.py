@@ -1,0 +1,68 @@
+"""The merge without a window, in time and memory linear in the length; `reference.merge` specifies it.
+
+A token's open segment may reach back to the first token. Tokens come in tiles of `TILE`: within a tile the coefficients
+of the merge are a triangular matrix, and of all tiles before, one sum per channel is enough, which a segment carries
+along:
+
+    Σ_j m(t, j) x_j = Σ_{j in t's tile} m(t, j) x_j + α_first ⋯ α_t · carried,  m(t, j) = w_j · α_{j+1} ⋯ α_t
+
+Products of α are sums of logarithms, each summed from its own token on, so that nothing cancels and nothing is divided
+by α.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_dmc.ops.reference import accumulator, delay, segment_sums
+
+TILE = 64
+
+
+def merge(key: Tensor, value: Tensor, weight: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.merge` with window 0, differentiable in all its arguments; where a decision is 0, its gradient is left
+    out (a hard one has none, and a soft one would pass on 0 times it).
+
+    Args:
+        key, value: `[s, b, g, d]`.
+        weight, alpha: importance and decisions, `[s, b, g]`, in the accumulator's dtype.
+
+    Returns:
+        merged keys and values, `[s, b, g, d]` in the accumulator's dtype.
+    """
+    tokens, dtype = len(key), accumulator(key)
+    missing = -tokens % TILE  # tokens that append themselves, so that no total is 0
+    alpha, weight = F.pad(alpha, (0, 0, 0, 0, 0, missing)), F.pad(weight, (0, 0, 0, 0, 0, missing), value=1.0)
+    log_alpha = torch.where(alpha > 0, alpha.clamp_min(torch.finfo(dtype).tiny).log(), -math.inf)
+    log_alpha, weight = _tiles(log_alpha), _tiles(weight)
+
+    row = torch.arange(TILE, device=key.device)
+    after, seen = row[:, None] > row, row[:, None] >= row
+    products = torch.where(after, log_alpha[..., None], 0.0).cumsum(-2).exp()
+    coefficients = torch.where(seen, products * weight[..., None, :], 0.0)  # [n, b, g, t, j]
+    leading = log_alpha.cumsum(-1).exp()  # of what is carried into the tile
+    through = leading[..., -1:, None]
+
+    def carried(sums_at_end: Tensor) -> Tensor:
+        """Of tiles' own sums `[n, b, g, 1, d]`, what enters each."""
+        return delay(segment_sums(sums_at_end, through, len(sums_at_end)), 1)
+
+    total = coefficients.sum(-1, keepdim=True)
+    total = total + leading[..., None] * carried(total[..., -1:, :])
+    shares, last, leading = coefficients / total, coefficients[..., -1:, :], leading[..., None] / total
+
+    def merged(x: Tensor) -> Tensor:
+        x = _tiles(F.pad(x.to(dtype), (0, 0, 0, 0, 0, 0, 0, missing)))
+        means = shares @ x + leading * carried(last @ x)
+        return means.permute(0, 3, 1, 2, 4).flatten(0, 1)[:tokens]
+
+    return merged(key), merged(value)
+
+
+def _tiles(x: Tensor) -> Tensor:
+    """From `[n · TILE, b, g, …]` to `[n, b, g, TILE, …]`."""
+    return x.unflatten(0, (-1, TILE)).movedim(1, 3).contiguous()
