@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dmc import resume
+from megatron_dmc.arguments import other_model
 from megatron_dmc.compression import Compression, StepReport
 from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError
 
@@ -386,8 +387,6 @@ def _load_base_checkpoint(original, *positional, **named):
     Megatron compares a model's sizes with a checkpoint's, not what else makes it another one: that is warned of."""
     from megatron.training.global_vars import get_args
     from megatron.training.utils import print_rank_0
-
-    from megatron_dmc.arguments import other_model
 
     found = original(*positional, **named)
     args, saved = get_args(), (found[0] or {}).get("args")
