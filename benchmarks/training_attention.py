@@ -5,7 +5,7 @@
 One run on one GPU measures everything. Forward keeps what backward needs; times are medians of CUDA graph replays.
 The decisions merge about three tokens of four, as at a compression ratio of 4.
 - plain: rotation (the fastest of Transformer Engine's fused kernel and torch.compile) and cuDNN attention.
-- dmc: everything from unrotated queries, keys and values on.
+- dmc: everything from unrotated queries, keys and values on; with `--windows` also with these instead of 12.
 - flex, dense: attention alone, on tensors that are already merged and rotated, with the same bias per key: as
   FlexAttention's score function, and as the bias in the last channel whose diagonal a dense bias takes back (the
   published implementation's way).
@@ -95,7 +95,7 @@ def measure(name, forward, inputs, grad, flops):
     return row
 
 
-def attention(shape, bandwidth):
+def attention(shape, bandwidth, windows):
     tokens, sequences, heads, kv_heads, channels = shape
     group, scale = heads // kv_heads, 1 / math.sqrt(channels)
     flops = 4 * sequences * heads * tokens**2 * channels / 2
@@ -106,12 +106,15 @@ def attention(shape, bandwidth):
     noise = LogisticNoise.draw(query.device)
     heads_first = lambda x: x.permute(1, 2, 0, 3)  # noqa: E731
 
-    def dmc():
+    def dmc(window=WINDOW):
         return fused.dmc_attention(
-            query, key, value, rotary, window=WINDOW, offset=OFFSET, temperature=TEMPERATURE, noise=noise
+            query, key, value, rotary, window=window, offset=OFFSET, temperature=TEMPERATURE, noise=noise
         )[0]
 
     rows, ways = [measure("dmc", dmc, (query, key, value), grad, flops)], {}
+    for window in windows:
+        name = f"window {window}" if window else "no window"
+        rows.append(measure(name, lambda window=window: dmc(window), (query, key, value), grad, flops))
     for name, rotate in rotations(angle).items():
 
         def plain(rotate=rotate):
@@ -220,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/training-attention.json")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only these (default: all)")
+    parser.add_argument("--windows", type=int, nargs="+", default=[], help="other windows; 0: no limit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="to note where the checkout has no history")
     args = parser.parse_args()
@@ -230,7 +234,7 @@ def main() -> None:
     text = []
     for name in args.shape or SHAPES:
         print(f"== {name}", flush=True)
-        ways, (kernel_rows, decisions) = attention(SHAPES[name], bandwidth)
+        ways, (kernel_rows, decisions) = attention(SHAPES[name], bandwidth, args.windows)
         by_way = {row["way"].split(",")[0]: row for row in ways}
         ratios = {row["kernel"] + "_bandwidth": row["bandwidth"] for row in kernel_rows}
         ours, plain = by_way["dmc"], by_way["plain"]
@@ -240,6 +244,9 @@ def main() -> None:
         for peer in ("flex", "dense"):
             if peer in by_way:
                 ratios[f"{peer}_over_attention"] = by_way[peer]["both_ms"] / ours["both_ms"]
+        for way, row in by_way.items():
+            if "window" in way:
+                ratios[f"{way} over dmc"] = row["both_ms"] / ours["both_ms"]
         result["shapes"][name] = dict(shape=SHAPES[name], **decisions, ways=ways, kernels=kernel_rows)
         result["ratios"][name] = ratios
         columns = ["way", "forward_ms", "backward_ms", "forward_tflops", "backward_tflops", "peak_mib"]

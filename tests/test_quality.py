@@ -270,7 +270,7 @@ def test_parts_that_lack_something_are_not_done(tmp_path):
     assert [command[3] for command in called] == ["report", "report"]
     for method in (*quality.METHODS, *quality.ABLATIONS):
         assert [n > 1 for _, n, _ in quality.stages(work, method)] == 3 * [True]
-    assert len(set(quality.NAMES)) == 13 + 20 + 4 + 7
+    assert len(set(quality.NAMES)) == 13 + 21 + 5 + 7
     published = add_flags(ArgumentParser()).parse_args(quality.CHANGES["as-published"].flags)
     assert vars(published).items() >= AS_PUBLISHED.items()
 
