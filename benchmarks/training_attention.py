@@ -246,7 +246,7 @@ def main() -> None:
                 ratios[f"{peer}_over_attention"] = by_way[peer]["both_ms"] / ours["both_ms"]
         for way, row in by_way.items():
             if "window" in way:
-                ratios[f"{way} over dmc"] = row["both_ms"] / ours["both_ms"]
+                ratios[f"{way.replace(' ', '_')}_over_dmc"] = row["both_ms"] / ours["both_ms"]
         result["shapes"][name] = dict(shape=SHAPES[name], **decisions, ways=ways, kernels=kernel_rows)
         result["ratios"][name] = ratios
         columns = ["way", "forward_ms", "backward_ms", "forward_tflops", "backward_tflops", "peak_mib"]

@@ -119,11 +119,11 @@ class DMCConfig:
         """The flags that set these settings: `with --dmc-temp 0.1, without --dmc-no-noise`."""
         given, left_out = [], []
         for name in names:
-            value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            value = getattr(self, name)
             if isinstance(value, bool):
-                (left_out if value else given).append(flag.replace("--dmc-", "--dmc-no-"))
+                (left_out if value else given).append(_flag(name, off=True))
             else:
-                given.append(f"{flag} {value}")
+                given.append(f"{_flag(name)} {value}")
         words = (("with", given), ("without", left_out))
         return ", ".join(f"{word} {' '.join(flags)}" for word, flags in words if flags)
 
@@ -180,18 +180,20 @@ class DMCConfig:
         return config
 
 
+def _flag(name: str, off: bool = False) -> str:
+    """A setting's flag; of one that is true or false, the flag that turns it off."""
+    return name.replace("dmc_", "--dmc-no-" if off else "--dmc-", 1).replace("_", "-")
+
+
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add `--dmc-…` flags to a parser, in the form of Megatron's `extra_args_provider`."""
     group = parser.add_argument_group("dmc", "Dynamic Memory Compression")
     for f in fields(DMCConfig):
-        flag = "--" + f.name.replace("_", "-")
         help = f.metadata["help"].replace("%", "%%")
         if f.type == "bool":
             assert f.default  # a flag turns it off
-            group.add_argument(
-                flag.replace("--dmc-", "--dmc-no-"), dest=f.name, action="store_false", help=f"do not {help}"
-            )
+            group.add_argument(_flag(f.name, off=True), dest=f.name, action="store_false", help=f"do not {help}")
         else:
             kind = {"float": float, "int": int}.get(f.type, str)
-            group.add_argument(flag, type=kind, default=f.default, help=f"{help} (default: {f.default})")
+            group.add_argument(_flag(f.name), type=kind, default=f.default, help=f"{help} (default: {f.default})")
     return parser

@@ -40,29 +40,32 @@ def merge(key: Tensor, value: Tensor, weight: Tensor, alpha: Tensor) -> tuple[Te
     log_alpha = torch.where(alpha > 0, alpha.clamp_min(torch.finfo(dtype).tiny).log(), -math.inf)
     log_alpha, weight = _tiles(log_alpha), _tiles(weight)
 
+    key, value = (_tiles(F.pad(x.to(dtype), (0, 0, 0, 0, 0, 0, 0, missing))) for x in (key, value))
+
     row = torch.arange(TILE, device=key.device)
     after, seen = row[:, None] > row, row[:, None] >= row
     products = torch.where(after, log_alpha[..., None], 0.0).cumsum(-2).exp()
     coefficients = torch.where(seen, products * weight[..., None, :], 0.0)  # [n, b, g, t, j]
-    leading = log_alpha.cumsum(-1).exp()  # of what is carried into the tile
-    through = leading[..., -1:, None]
-
-    def carried(sums_at_end: Tensor) -> Tensor:
-        """Of tiles' own sums `[n, b, g, 1, d]`, what enters each."""
-        return delay(segment_sums(sums_at_end, through, len(sums_at_end)), 1)
-
+    leading = log_alpha.cumsum(-1).exp()[..., None]  # of what is carried into the tile
     total = coefficients.sum(-1, keepdim=True)
-    total = total + leading[..., None] * carried(total[..., -1:, :])
-    shares, last, leading = coefficients / total, coefficients[..., -1:, :], leading[..., None] / total
 
-    def merged(x: Tensor) -> Tensor:
-        x = _tiles(F.pad(x.to(dtype), (0, 0, 0, 0, 0, 0, 0, missing)))
-        means = shares @ x + leading * carried(last @ x)
-        return means.permute(0, 3, 1, 2, 4).flatten(0, 1)[:tokens]
+    # Every tile's own sums at its end, of keys, values and weights; from them what enters the next.
+    last = coefficients[..., -1:, :]
+    sums = torch.cat([last @ key, last @ value, total[..., -1:, :]], -1)  # [n, b, g, 1, 2 · d + 1]
+    carried = delay(segment_sums(sums, leading[..., -1:, :], len(sums)), 1)
+    carried_key, carried_value, carried_total = carried.split([key.shape[-1], value.shape[-1], 1], -1)
 
-    return merged(key), merged(value)
+    total = total + leading * carried_total
+    shares, leading = coefficients / total, leading / total
+    merged_key, merged_value = shares @ key + leading * carried_key, shares @ value + leading * carried_value
+    return _tokens(merged_key)[:tokens], _tokens(merged_value)[:tokens]
 
 
 def _tiles(x: Tensor) -> Tensor:
     """From `[n · TILE, b, g, …]` to `[n, b, g, TILE, …]`."""
     return x.unflatten(0, (-1, TILE)).movedim(1, 3).contiguous()
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """Back again."""
+    return x.movedim(3, 1).flatten(0, 1)
