@@ -67,7 +67,7 @@ SHAPES = {
     if tokens <= longest
 }
 COMPRESSIONS = (1, 2, 4, 8)
-WINDOW, OFFSET = 12, 5.0
+WINDOW, OFFSET = 24, 5.0
 BLOCK = 128  # tokens of FlexAttention's blocks
 COMPARED_TOKENS, ROWS, TOLERANCE = 4096, 32, 0.02
 SLOW_MS = 50.0

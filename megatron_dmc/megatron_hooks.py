@@ -401,7 +401,7 @@ def _load_base_checkpoint(original, *positional, **named):
         if saved.dmc_init_val != args.dmc_init_val:
             print_rank_0(f"> DMC's offset is the checkpoint's, {saved.dmc_init_val}, not {args.dmc_init_val}")
             args.dmc_init_val = saved.dmc_init_val
-        _warn_of_another_unit(DMCConfig.from_args(saved), ours)
+        _warn_of_other_settings(DMCConfig.from_args(saved), ours)
     elif not ours.soft:
         warnings.warn(
             "the stage finetune teaches no decisions, and the checkpoint that it begins from has learned none: run the "
@@ -411,9 +411,9 @@ def _load_base_checkpoint(original, *positional, **named):
     return found
 
 
-def _warn_of_another_unit(saved: DMCConfig, ours: DMCConfig) -> None:
-    """The noise's scale is the unit of decisions, by which the offset moves: a model learns for one."""
-    names = ["dmc_noise_scale", "dmc_temp"] if ours.soft else ["dmc_noise_scale"]
+def _warn_of_other_settings(saved: DMCConfig, ours: DMCConfig) -> None:
+    """Decisions are learned for one window, and for one scale of noise, their unit and that of the offset's moves."""
+    names = ["dmc_window_size", "dmc_noise_scale", *(["dmc_temp"] if ours.soft else [])]
     if differ := [name for name in names if getattr(saved, name) != getattr(ours, name)]:
         warnings.warn(
             f"the decisions of the checkpoint were learned {saved.flags(differ)}, this run is {ours.flags(differ)}",

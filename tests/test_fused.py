@@ -232,7 +232,7 @@ shapes = st.tuples(
 @given(
     shape=shapes,
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-    window=st.sampled_from([1, 2, 7, 12, 16, 17]),
+    window=st.sampled_from([1, 2, 7, 12, 17, 24, 33]),
     turning=st.sampled_from(["all", "half", "quarter", "odd", "none"]),
     interleaved=st.booleans(),
     by_sequence=st.booleans(),
@@ -275,7 +275,7 @@ def test_every_kernel(kernel, channels):
 
 @gpu
 @pytest.mark.parametrize("kernel", ["auto", "flash", "dense"])
-@pytest.mark.parametrize("window", [0, 12])
+@pytest.mark.parametrize("window", [0, 12, 24])
 @pytest.mark.parametrize("channels", fused.HEAD_SIZES)
 def test_documents(fresh_seed, kernel, window, channels):
     for sequences, temperature in ((1, None), (3, 0.3)):
