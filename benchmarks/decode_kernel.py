@@ -57,6 +57,7 @@ class Shape(NamedTuple):
     kv_heads: int
     channels: int
     layers: int
+    window: int = 24
 
 
 SHAPES = {
@@ -67,7 +68,7 @@ COMPRESSIONS = (1, 2, 4, 8)
 SINGLE = {f"llama3_8b_1x{tokens}": Shape(1, tokens, 32, 8, 128, 32) for tokens in (2**13, 2**15, 2**17, 2**19, 2**20)}
 STEP = Shape(256, 512, 32, 8, 128, 32)
 ACCOUNTED_TOKENS = 4096
-WINDOW, OFFSET = 24, 5.0
+OFFSET = 5.0
 ROOM = 256  # steps that a cache has pages and positions for
 ROTATED_BYTES = 2**28  # of entries in all layers together; larger than any L2 cache
 TOLERANCE = 0.02
@@ -95,7 +96,7 @@ def filled_cache(
     """A cache of random numbers, of sequences of so many `tokens` and `entries`, with pages for `room` steps more."""
     layers, sequences, kv_heads = entries.shape
     cache_shape = CacheShape(
-        layers, sequences, shape.heads, kv_heads, shape.channels, int(tokens.max()) + room, WINDOW, fp8
+        layers, sequences, shape.heads, kv_heads, shape.channels, int(tokens.max()) + room, shape.window, fp8
     )
     size = cache_shape.page_entries
     held = (-(-entries // size)).flatten()
@@ -235,9 +236,9 @@ def in_a_row(run: Callable[[], object], calls: int = 50) -> float:
     return start.elapsed_time(stop) / calls
 
 
-def whole_step(bandwidth: float, failures: dict[str, str]) -> dict[str, float]:
+def whole_step(shape: Shape, bandwidth: float, failures: dict[str, str]) -> dict[str, float]:
     """All layers of a step of many short sequences: what the host and the device take for it."""
-    shape, compression = STEP, 8
+    compression = 8
     merging = 1 - 1 / compression
     cache = filled_cache(shape, *lengths(shape, compression, shape.layers), merging)
     rotary = rotary_tables(cache)
@@ -337,6 +338,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", choices=[*SHAPES, *SINGLE, "step"], action="append", help="only these (default: all)"
     )
+    parser.add_argument("--window", type=int, default=24, help="how many tokens back a merge reaches (24)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="to note where the checkout has no history")
     args = parser.parse_args()
@@ -344,7 +346,8 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     failures: dict[str, str] = {}
     result = dict(
-        circumstances(args.commit), seed=args.seed, copy_tb_per_s=bandwidth / 1e12, shapes={}, step=None, ratios={},
+        circumstances(args.commit), seed=args.seed, window=args.window, copy_tb_per_s=bandwidth / 1e12, shapes={},
+        step=None, ratios={},
         flashinfer=attempt("flashinfer", flashinfer_version, failures), failures=failures,
     )  # fmt: skip
     print({k: v for k, v in result.items() if k not in ("shapes", "step", "ratios", "failures")})
@@ -353,11 +356,13 @@ def main() -> None:
     for name in args.shape or [*SHAPES, *SINGLE, "step"]:
         print(f"== {name}", flush=True)
         if name == "step":
-            result["step"] = attempt(name, partial(whole_step, bandwidth, failures), failures)
+            result["step"] = attempt(
+                name, partial(whole_step, STEP._replace(window=args.window), bandwidth, failures), failures
+            )
             if result["step"]:
                 text += ["\nstep", table([result["step"]], list(result["step"]))]
             continue
-        shape = SHAPES[name] if name in SHAPES else SINGLE[name]
+        shape = (SHAPES | SINGLE)[name]._replace(window=args.window)
         rows, accounts, ratios = [], [], {}
         for compression in COMPRESSIONS if name in SHAPES else (8,):
             layers = 1

@@ -57,6 +57,7 @@ class Shape(NamedTuple):
     heads: int
     kv_heads: int
     channels: int
+    window: int = 24
 
 
 LENGTHS = (1024, 4096, 8192, 32768, 131072)
@@ -67,7 +68,7 @@ SHAPES = {
     if tokens <= longest
 }
 COMPRESSIONS = (1, 2, 4, 8)
-WINDOW, OFFSET = 24, 5.0
+OFFSET = 5.0
 BLOCK = 128  # tokens of FlexAttention's blocks
 COMPARED_TOKENS, ROWS, TOLERANCE = 4096, 32, 0.02
 SLOW_MS = 50.0
@@ -91,7 +92,7 @@ def plain(name: str, angle: Tensor, failures: dict[str, str]) -> dict:
         RuntimeError: if there is none that works.
     """
     shape = SHAPES[name]
-    query, key, value = projection(shape[:2], *shape[2:], 0.0, OFFSET, DEVICE)
+    query, key, value = projection(shape[:2], shape.heads, shape.kv_heads, shape.channels, 0.0, OFFSET, DEVICE)
     times = {}
     for way, rotate in rotations(angle).items():
 
@@ -110,7 +111,9 @@ def plain(name: str, angle: Tensor, failures: dict[str, str]) -> dict:
     return dict(way="plain", rotation=times[ms], ms=ms, tflops=flops / ms / 1e9)
 
 
-def compare(outputs: Tensor, inputs: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> float | None:
+def compare(
+    outputs: Tensor, inputs: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor], window: int
+) -> float | None:
     """Relative error of some queries' `outputs` `[s, b, h, d]`, or `None` for prompts too long to compare.
 
     Raises:
@@ -123,7 +126,7 @@ def compare(outputs: Tensor, inputs: tuple[Tensor, Tensor, Tensor], rotary: tupl
     rows = torch.randperm(tokens, device=DEVICE)[:ROWS]
     alpha, _ = reference.decide(key, OFFSET, None)
     weight = reference.importance(query, key.shape[2], OFFSET)
-    keys, values = reference.merge(key, value, weight, alpha, WINDOW)
+    keys, values = reference.merge(key, value, weight, alpha, window)
     keys = reference.rotate_without_last(keys, rotary, False)
     queries = reference.rotate_without_last(query[rows], tuple(x[rows] for x in rotary), False)
     own, past = (op(torch.arange(tokens, device=DEVICE), rows[:, None]) for op in (torch.eq, torch.lt))
@@ -144,8 +147,8 @@ def surviving(alpha: Tensor) -> Tensor:
 
 def dmc(shape: Shape, inputs: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> dict:
     """Whole prompts into a fresh cache; `inputs` are `[s, b, h|g, d]`."""
-    tokens, sequences, heads, kv_heads, channels = shape
-    cache_shape = CacheShape(1, sequences, heads, kv_heads, channels, tokens, WINDOW)
+    tokens, sequences, heads, kv_heads, channels, window = shape
+    cache_shape = CacheShape(1, sequences, heads, kv_heads, channels, tokens, window)
     pages = sequences * kv_heads * cache_shape.max_pages
     cache = PagedCache(cache_shape, pages, dtype=torch.bfloat16, device=DEVICE)
     packed = [x.transpose(0, 1).flatten(0, 1) for x in inputs]  # views: this is the projection's order, and the step's
@@ -157,7 +160,7 @@ def dmc(shape: Shape, inputs: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tenso
 
     output = run()
     torch.cuda.synchronize()
-    error = compare(output.unflatten(0, (sequences, tokens)).transpose(0, 1), inputs, rotary)
+    error = compare(output.unflatten(0, (sequences, tokens)).transpose(0, 1), inputs, rotary, window)
     ms = timed(run)
     if not step.ok:
         raise RuntimeError("the step was not ok")
@@ -214,7 +217,7 @@ class Flex:
     def measure(self, inputs: tuple[Tensor, Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> dict:
         scale = 1 / math.sqrt(self.shape.channels)
         query, key, value, _, alpha, _ = fused._kernels.prepare(
-            *inputs, *rotary, None, None, 0, 0, WINDOW, OFFSET, None, False, scale,
+            *inputs, *rotary, None, None, 0, 0, self.shape.window, OFFSET, None, False, scale,
             fused.query_channel(torch.bfloat16, scale),
         )  # fmt: skip
         for x in (query, key):  # biases; the mask is in their place
@@ -226,13 +229,12 @@ class Flex:
         def run() -> Tensor:
             return self.attention(q, k, v, block_mask=mask, enable_gqa=self.shape.heads > self.shape.kv_heads)
 
-        error = compare(run().permute(2, 0, 1, 3), inputs, rotary)
+        error = compare(run().permute(2, 0, 1, 3), inputs, rotary, self.shape.window)
         return dict(way="flex", ms=timed(run), relative_error=error)
 
 
-def prefill(name: str, failures: dict[str, str]) -> tuple[list[dict], dict[str, dict[str, float]]]:
+def prefill(name: str, shape: Shape, failures: dict[str, str]) -> tuple[list[dict], dict[str, dict[str, float]]]:
     """All ways and compressions of one shape, and their ratios."""
-    shape = SHAPES[name]
     torch._dynamo.reset()  # it gives up compiling after a few shapes
     angle = rotary_angles(shape.tokens, shape.channels, DEVICE)
     rotary = angle.cos(), angle.sin()
@@ -249,7 +251,15 @@ def prefill(name: str, failures: dict[str, str]) -> tuple[list[dict], dict[str, 
     plain_ms = measured("plain", partial(plain, name, angle, failures))
     flex = attempt(f"{name}, flex", partial(Flex, shape), failures)
     for compression in COMPRESSIONS:
-        made = projection((shape.sequences, shape.tokens), *shape[2:], 1 - 1 / compression, OFFSET, DEVICE)
+        made = projection(
+            (shape.sequences, shape.tokens),
+            shape.heads,
+            shape.kv_heads,
+            shape.channels,
+            1 - 1 / compression,
+            OFFSET,
+            DEVICE,
+        )
         inputs = tuple(x.transpose(0, 1) for x in made)
         case = f"compression {compression}"
         ours = measured(f"{case}, dmc", partial(dmc, shape, inputs, rotary), compression=compression)
@@ -268,25 +278,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/prefill.json")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only these (default: all)")
+    parser.add_argument("--window", type=int, default=24, help="how many tokens back a merge reaches (24)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="to note where the checkout has no history")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     failures: dict[str, str] = {}
     result = dict(
-        circumstances(args.commit), seed=args.seed, copy_tb_per_s=copy_bandwidth() / 1e12, shapes={}, ratios={},
-        failures=failures,
+        circumstances(args.commit), seed=args.seed, window=args.window, copy_tb_per_s=copy_bandwidth() / 1e12,
+        shapes={}, ratios={}, failures=failures,
     )  # fmt: skip
     print({k: v for k, v in result.items() if k not in ("shapes", "ratios", "failures")})
     text = []
     for name in args.shape or SHAPES:
         print(f"== {name}", flush=True)
-        found = attempt(name, partial(prefill, name, failures), failures)
+        shape = SHAPES[name]._replace(window=args.window)
+        found = attempt(name, partial(prefill, name, shape, failures), failures)
         torch.cuda.empty_cache()
         if found is None:
             continue
         rows, ratios = found
-        result["shapes"][name] = dict(shape=SHAPES[name]._asdict(), ways=rows)
+        result["shapes"][name] = dict(shape=shape._asdict(), ways=rows)
         result["ratios"][name] = ratios
         columns = ["way", "compression", "ms", "tflops", "tokens_per_entry", "relative_error", "begin_commit_ms"]
         text += [f"\n{name}", table(rows, columns), ""]
