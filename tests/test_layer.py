@@ -137,13 +137,20 @@ def test_finetune_trains_what_inference_computes(fresh_seed):
     compression.offset += 0.1  # it moves
     tokens, positions = torch.randint(0, 64, (BATCH, SEQ), device="cuda"), torch.arange(SEQ, device="cuda")
     arguments = tokens, positions.expand(BATCH, -1), None
-    expected, output = model.eval()(*arguments), model.train()(*arguments)
+    expected, merged = model.eval()(*arguments), []
+    for layer in model.decoder.layers:  # KV heads of (2 queries, key, value) of 8 channels; a key's last one decides
+        layer.self_attention.linear_qkv.register_forward_hook(
+            lambda _, __, out: merged.append(out[0][1:, :, 23::32] > 0.2)
+        )
+    output = model.train()(*arguments)
     torch.testing.assert_close(output, expected)
     output.square().mean().backward()
-    last = [(g + 1) * 32 - 9 for g in range(2)]  # of the keys, in KV heads of (2 queries, key, value) of 8
-    for layer in model.decoder.layers:
+    for layer, merges in zip(model.decoder.layers, merged, strict=True):
         grads = layer.self_attention.linear_qkv.weight.grad.norm(dim=1)
-        assert (grads == 0).nonzero().flatten().tolist() == last
+        # A head with one entry alone attends to that, whatever query and key are; queries' last channels weigh tokens.
+        alone = merges.all(1).all(0).tolist()
+        rows = [32 * g + i for g in range(2) for i in range(24) if i == 23 or (alone[g] and i not in (7, 15))]
+        assert (grads == 0).nonzero().flatten().tolist() == rows
     assert 1.1 < compression.end_step().ratio < 10
     compression.offset -= 0.1
     assert not torch.allclose(model.eval()(*arguments), expected, atol=1e-3)
