@@ -57,7 +57,7 @@ class Shape(NamedTuple):
     kv_heads: int
     channels: int
     layers: int
-    window: int = 24
+    window: int = 12
 
 
 SHAPES = {
@@ -338,7 +338,7 @@ def main() -> None:
     parser.add_argument(
         "--shape", choices=[*SHAPES, *SINGLE, "step"], action="append", help="only these (default: all)"
     )
-    parser.add_argument("--window", type=int, default=24, help="how many tokens back a merge reaches (24)")
+    parser.add_argument("--window", type=int, default=12, help="how many tokens back a merge reaches (12)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="to note where the checkout has no history")
     args = parser.parse_args()

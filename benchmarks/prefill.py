@@ -57,7 +57,7 @@ class Shape(NamedTuple):
     heads: int
     kv_heads: int
     channels: int
-    window: int = 24
+    window: int = 12
 
 
 LENGTHS = (1024, 4096, 8192, 32768, 131072)
@@ -278,7 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/prefill.json")
     parser.add_argument("--shape", choices=SHAPES, action="append", help="only these (default: all)")
-    parser.add_argument("--window", type=int, default=24, help="how many tokens back a merge reaches (24)")
+    parser.add_argument("--window", type=int, default=12, help="how many tokens back a merge reaches (12)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="to note where the checkout has no history")
     args = parser.parse_args()

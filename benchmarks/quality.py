@@ -133,8 +133,7 @@ def decisions(scale: float, temperature: float = 0.3) -> tuple[str, ...]:
 PUBLISHED_DECISIONS = ("--dmc-no-zero-decisions", *decisions(1, 0.1))
 CHANGES = {
     "as-published": Change(
-        PUBLISHED_DECISIONS
-        + tuple("--dmc-window-size 12 --dmc-no-moving-offset --dmc-hard-steps 0 --dmc-no-hard-finetune".split())
+        (*PUBLISHED_DECISIONS, "--dmc-no-moving-offset", "--dmc-hard-steps", "0", "--dmc-no-hard-finetune")
     ),
     "published-decisions": Change(PUBLISHED_DECISIONS),
     "seeded-decisions": Change(("--dmc-no-zero-decisions", *decisions(1))),
@@ -145,7 +144,7 @@ CHANGES = {
     "soft-finetune": Change(("--dmc-no-hard-finetune",)),
     "a-quarter-of-the-tokens": Change(tokens=0.25),
     "longer-finetune": Change(stages={"zero-out": 2, "retrofit": 10, "finetune": 15}),
-    "window-12": Change(("--dmc-window-size", "12")),
+    "window-24": Change(("--dmc-window-size", "24")),
     "window-64": Change(("--dmc-window-size", "64")),
     "no-window": Change(("--dmc-window-size", "0")),
     "half-the-lr": Change(lr=0.5),
@@ -192,7 +191,7 @@ METHODS = (
 REPORTED = tuple(method for method in METHODS if method.name in ("dmc-4x", "distilled-4x"))
 CONTROLLED = tuple(name for name, change in CHANGES.items() if replace(change, flags=()) != Change())
 """Changes of learning rates, tokens or stages: what has one is compared with a control that has it, too."""
-AT_8X = ("published-decisions", "longer-finetune", "window-12", "window-64", "no-window")
+AT_8X = ("published-decisions", "longer-finetune", "window-24", "window-64", "no-window")
 """Changes that are tried at 8x, too."""
 ABLATIONS = tuple(
     Method(kind, ratio, changed=name)

@@ -5,7 +5,7 @@
 One run on one GPU measures everything. Forward keeps what backward needs; times are medians of CUDA graph replays.
 The decisions merge about three tokens of four, as at a compression ratio of 4.
 - plain: rotation (the fastest of Transformer Engine's fused kernel and torch.compile) and cuDNN attention.
-- dmc: everything from unrotated queries, keys and values on; with `--windows` also with these instead of 24.
+- dmc: everything from unrotated queries, keys and values on; with `--windows` also with these instead of 12.
 - flex, dense: attention alone, on tensors that are already merged and rotated, with the same bias per key: as
   FlexAttention's score function, and as the bias in the last channel whose diagonal a dense bias takes back (the
   published implementation's way).
@@ -37,7 +37,7 @@ SHAPES = {  # tokens, sequences, query heads, KV heads, channels
     "llama3_8b_1x8192": (8192, 1, 32, 8, 128),
     "llama2_7b_2x4096_tp1": (4096, 2, 32, 32, 128),
 }
-WINDOW, OFFSET, TEMPERATURE = 24, 5.0, 0.1
+WINDOW, OFFSET, TEMPERATURE = 12, 5.0, 0.1
 
 
 def projection(tokens, sequences, heads, kv_heads, channels):

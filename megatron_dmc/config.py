@@ -22,8 +22,8 @@ attention written out in float32 (quadratic memory, any dtype: for tests), or th
 
 
 AS_PUBLISHED = dict(
-    dmc_init_val=5.0, dmc_window_size=12, dmc_temp=0.1, dmc_noise_scale=1.0, dmc_zero_decisions=False,
-    dmc_moving_offset=False, dmc_hard_steps=0.0, dmc_hard_finetune=False,
+    dmc_init_val=5.0, dmc_temp=0.1, dmc_noise_scale=1.0, dmc_zero_decisions=False, dmc_moving_offset=False,
+    dmc_hard_steps=0.0, dmc_hard_finetune=False,
 )  # fmt: skip
 """The settings in which our recipe departs from the published one, as they are there."""
 
@@ -52,7 +52,7 @@ class DMCConfig:
     dmc_init_val: float = _setting(
         2.5, "offset c that makes an untrained model append every token; a checkpoint that merges brings its own"
     )
-    dmc_window_size: int = _setting(24, "how many tokens back a merge reaches; 0 sets no limit (published: 12)")
+    dmc_window_size: int = _setting(12, "how many tokens back a merge reaches; 0 sets no limit")
     dmc_temp: float = _setting(0.15, "temperature of soft decisions in training")
     dmc_noise_scale: float = _setting(
         0.5,

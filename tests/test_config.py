@@ -11,9 +11,9 @@ from megatron_dmc.config import AS_PUBLISHED, DMCConfig, DMCError, add_flags
 def test_flags_are_nvidias():
     args = add_flags(argparse.ArgumentParser()).parse_args([])
     assert DMCConfig.from_args(args) == DMCConfig()
-    assert (args.dmc_init_val, args.dmc_window_size, args.dmc_temp, args.dmc_cr) == (2.5, 24, 0.15, 4.0)
+    assert (args.dmc_init_val, args.dmc_window_size, args.dmc_temp, args.dmc_cr) == (2.5, 12, 0.15, 4.0)
     assert (args.dmc_noise_scale, AS_PUBLISHED["dmc_noise_scale"]) == (0.5, 1.0)
-    assert [AS_PUBLISHED[f"dmc_{name}"] for name in ("init_val", "window_size", "temp")] == [5.0, 12, 0.1]
+    assert (AS_PUBLISHED["dmc_init_val"], AS_PUBLISHED["dmc_temp"]) == (5.0, 0.1)
     given = "--dmc-stage retrofit --dmc-cr 8 --dmc-window-size 0 --dmc-temp 0.2 --dmc-init-val 3 --dmc-no-noise"
     given += " --dmc-noise-scale 0.7 --dmc-no-zero-decisions"
     args = add_flags(argparse.ArgumentParser()).parse_args(given.split())

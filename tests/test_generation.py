@@ -69,5 +69,5 @@ def test_mistakes_name_the_argument(fresh_seed):
     other = type(shape)(2, 1, 4, 2, 8, 9, 5)
     context = PagedContext(model, PagedCache(other, 9, dtype=torch.float32, device="cuda"))
     context.begin(torch.tensor([0], device="cuda"))
-    with pytest.raises(DMCError, match="windows of 5 tokens, the model merges over 24"):
+    with pytest.raises(DMCError, match="windows of 5 tokens, the model merges over 12"):
         model(torch.tensor([[1]], device="cuda"), context.positions(), None, inference_context=context)

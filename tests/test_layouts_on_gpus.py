@@ -18,7 +18,7 @@ SHAPE = """--transformer-impl transformer_engine --bf16 --hidden-size 256 --num-
 RETROFIT = """--dmc-stage retrofit --dmc-cr 4 --dmc-init-val 0.3 --dmc-temp 0.3
     --finetune --lr 2e-4 --train-iters 20""".split()
 # At a higher rate, or for longer, what is rounded grows: Adam's first steps follow the signs of gradients.
-PUBLISHED = "--dmc-hard-steps 0 --dmc-no-moving-offset --dmc-noise-scale 1 --dmc-window-size 12".split()
+PUBLISHED = ["--dmc-hard-steps", "0", "--dmc-no-moving-offset", "--dmc-noise-scale", "1"]
 HELD = "held"
 """As by default, the offset holds the ratio, and every other step is on hard decisions; the others are as published.
 Rounding turns hard decisions, so these make ten steps."""

@@ -219,14 +219,13 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
     )
     soft = finetune | dict(dmc_hard_finetune=False)
     for ours, saved, message in (
-        (finetune, dict(dmc_window_size=8), "dmc_window_size 8; got 24"),
+        (finetune, dict(dmc_window_size=8), "dmc_window_size 8; got 12"),
         (finetune, dict(dmc_hard_finetune=False), "dmc_hard_finetune False; got True"),
-        (finetune, AS_PUBLISHED, "dmc_window_size 12, dmc_hard_finetune False, dmc_noise_scale 1.0; got 24, True, 0.5: "
-                                 "go on with --dmc-window-size 12 --dmc-no-hard-finetune --dmc-noise-scale 1.0$"),
-        (soft, AS_PUBLISHED, "dmc_window_size 12, dmc_moving_offset False, dmc_temp 0.1, dmc_noise_scale 1.0; got 24, "
-                             "True, 0.15, 0.5"),
-        (retrofit, AS_PUBLISHED, "dmc_window_size 12, dmc_moving_offset False, dmc_temp 0.1, dmc_hard_steps 0.0, "
-                                 "dmc_noise_scale 1.0; got 24, True, 0.15, 0.5, 0.5"),
+        (finetune, AS_PUBLISHED, "dmc_hard_finetune False, dmc_noise_scale 1.0; got True, 0.5: go on with "
+                                 "--dmc-no-hard-finetune --dmc-noise-scale 1.0$"),
+        (soft, AS_PUBLISHED, "dmc_moving_offset False, dmc_temp 0.1, dmc_noise_scale 1.0; got True, 0.15, 0.5"),
+        (retrofit, AS_PUBLISHED, "dmc_moving_offset False, dmc_temp 0.1, dmc_hard_steps 0.0, dmc_noise_scale 1.0; "
+                                 "got True, 0.15, 0.5, 0.5"),
         (retrofit | dict(dmc_moving_offset=False), dict(dmc_moving_offset=True, dmc_temp=0.1),
          "dmc_moving_offset True, dmc_temp 0.1; got False, 0.15: go on with --dmc-temp 0.1, without "
          "--dmc-no-moving-offset$"),
@@ -241,7 +240,7 @@ def test_a_stage_goes_on_with_its_own_settings_alone(monkeypatch):
             _check_checkpoint_args(lambda *_: None, SimpleNamespace(**ours | saved))
     for ours, others in (
         (finetune, dict(dmc_moving_offset=False, dmc_hard_steps=0.25, dmc_temp=0.1, dmc_zero_decisions=False)),
-        (zero_out, dict(AS_PUBLISHED, dmc_zero_decisions=True, dmc_window_size=24)),
+        (zero_out, dict(AS_PUBLISHED, dmc_zero_decisions=True)),
     ):  # none is of this stage
         monkeypatch.setattr(global_vars, "get_args", lambda ours=ours: SimpleNamespace(**ours))
         _check_checkpoint_args(lambda *_: None, SimpleNamespace(**ours | others))
@@ -267,8 +266,10 @@ def test_a_stage_is_warned_of_settings_that_its_checkpoint_did_not_learn_for(mon
     learned = "the decisions of the checkpoint were learned with"
     assert warned(retrofit, finetune) == []
     assert warned(retrofit | AS_PUBLISHED, finetune) == [
-        f"{learned} --dmc-window-size 12 --dmc-noise-scale 1.0, "
-        "this run is with --dmc-window-size 24 --dmc-noise-scale 0.5"
+        f"{learned} --dmc-noise-scale 1.0, this run is with --dmc-noise-scale 0.5"
+    ]
+    assert warned(retrofit, finetune | dict(dmc_window_size=24)) == [
+        f"{learned} --dmc-window-size 12, this run is with --dmc-window-size 24"
     ]
     assert warned(retrofit | dict(dmc_temp=0.1), finetune) == []  # hard decisions have none
     assert warned(retrofit | dict(dmc_temp=0.1), finetune | dict(dmc_hard_finetune=False)) == [
