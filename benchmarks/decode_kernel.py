@@ -347,8 +347,7 @@ def main() -> None:
     failures: dict[str, str] = {}
     result = dict(
         circumstances(args.commit), seed=args.seed, window=args.window, copy_tb_per_s=bandwidth / 1e12, shapes={},
-        step=None, ratios={},
-        flashinfer=attempt("flashinfer", flashinfer_version, failures), failures=failures,
+        step=None, ratios={}, flashinfer=attempt("flashinfer", flashinfer_version, failures), failures=failures,
     )  # fmt: skip
     print({k: v for k, v in result.items() if k not in ("shapes", "step", "ratios", "failures")})
     columns = ["way", "compression", "layers", "kv_mib", "ms", "tb_per_s", "bandwidth", "plan_ms", "relative_error"]

@@ -92,7 +92,7 @@ def plain(name: str, angle: Tensor, failures: dict[str, str]) -> dict:
         RuntimeError: if there is none that works.
     """
     shape = SHAPES[name]
-    query, key, value = projection(shape[:2], shape.heads, shape.kv_heads, shape.channels, 0.0, OFFSET, DEVICE)
+    query, key, value = projection(shape[:2], *shape[2:5], 0.0, OFFSET, DEVICE)
     times = {}
     for way, rotate in rotations(angle).items():
 
@@ -251,15 +251,7 @@ def prefill(name: str, shape: Shape, failures: dict[str, str]) -> tuple[list[dic
     plain_ms = measured("plain", partial(plain, name, angle, failures))
     flex = attempt(f"{name}, flex", partial(Flex, shape), failures)
     for compression in COMPRESSIONS:
-        made = projection(
-            (shape.sequences, shape.tokens),
-            shape.heads,
-            shape.kv_heads,
-            shape.channels,
-            1 - 1 / compression,
-            OFFSET,
-            DEVICE,
-        )
+        made = projection((shape.sequences, shape.tokens), *shape[2:5], 1 - 1 / compression, OFFSET, DEVICE)
         inputs = tuple(x.transpose(0, 1) for x in made)
         case = f"compression {compression}"
         ours = measured(f"{case}, dmc", partial(dmc, shape, inputs, rotary), compression=compression)
